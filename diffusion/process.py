@@ -1,0 +1,156 @@
+r"""The chain: q(x_t | x_0), q(x_t | x_{t-1}), q(x_{t-1} | x_t, x_0) and p_θ(x_{t-1} | x_t), from betas alone.
+
+.. math::
+    q(x_t|x_0) = N(\sqrt{ᾱ_t} x_0, (1 - ᾱ_t) I), \qquad q(x_{t-1}|x_t,x_0) = N(μ̃_t, β̃_t I), \\
+    μ̃_t = \frac{\sqrt{ᾱ_{t-1}} β_t}{1 - ᾱ_t} x_0 + \frac{\sqrt{α_t} (1 - ᾱ_{t-1})}{1 - ᾱ_t} x_t, \qquad
+    p_θ(x_{t-1}|x_t) = N(μ̃_t(x_t, \hat x_0), σ_t^2 I)
+
+(Ho et al. 2020, eqs. 4 to 7). t is an int64 tensor (B,) in 1..T; index 0 of a coefficient is the data, ᾱ_0 = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.parameterizations import Epsilon, Parameterization
+from diffusion.schedules import check_betas
+from diffusion.variances import posterior_variance, small
+from losses import DiagGaussian, kl
+
+
+def per_example(values: Tensor, like: Tensor) -> Tensor:
+    """Shapes one number per example to multiply ``like``: (B,) -> (B, 1, ..., 1), in its dtype.
+
+    The only place where t meets an image: by hand, (B,) against (B, C, H, W) scales columns silently when B equals W.
+    """
+    return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+class GaussianDiffusion(nn.Module):
+    """A fixed linear-Gaussian q and the reverse chain's form.
+
+    Coefficients are float64 buffers of T + 1 entries, t = 0..T, cast when they meet a tensor; ``.half()`` and the like
+    move but never narrow them. They follow from betas, so checkpoints do not hold them.
+
+    Attributes:
+        betas: β_t, with betas[0] = 0 for the data.
+        alpha_bar: ᾱ_t, falling from ᾱ_0 = 1.
+        snr: SNR_t = ᾱ_t / (1 - ᾱ_t), snr[0] = inf.
+        epsilon_weight, x0_weight, v_weight: KL_t = weight_t · ‖error‖² for t ≥ 2 and σ_t² = β̃_t; 0 below.
+
+    Args:
+        betas: (T,), every one inside (0, 1).
+        variance: betas -> σ_t² (T,), :func:`diffusion.small` or :func:`diffusion.large`.
+
+    Raises:
+        ValueError: if betas are not a vector inside (0, 1).
+    """
+
+    def __init__(self, betas: Tensor, variance: Callable[[Tensor], Tensor] = small) -> None:
+        super().__init__()
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        if betas.ndim != 1 or not len(betas):
+            raise ValueError(f"betas must be a vector of T >= 1 entries, got shape {tuple(betas.shape)}")
+        check_betas(betas, "betas", "every beta must lie strictly between 0 and 1")
+        self.num_steps = len(betas)
+        for name, value in _coefficients(betas, variance(betas)).items():
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn, recurse: bool = True) -> GaussianDiffusion:
+        # Follow the device that fn moves to, whatever dtype it asks for (Apple's GPUs have no float64).
+        device = fn(torch.zeros((), device=self.betas.device)).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        for name, value in self._buffers.items():
+            self._buffers[name] = value.to(device, dtype)
+        return self
+
+    def at(self, coefficient: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        """Gathers coefficient[t] and shapes it to multiply ``like``: (B,) -> (B, 1, ..., 1)."""
+        return per_example(coefficient[t], like)
+
+    def marginal(self, x0: Tensor, t: Tensor) -> DiagGaussian:
+        """Returns q(x_t | x_0): x0 (B, *), t (B,) in 0..T."""
+        return DiagGaussian(self.at(self.sqrt_alpha_bar, t, x0) * x0, self.at(self.log_noise_std, t, x0))
+
+    def step(self, x_prev: Tensor, t: Tensor) -> DiagGaussian:
+        """Returns q(x_t | x_{t-1}): x_prev (B, *), t (B,)."""
+        return DiagGaussian(self.at(self.sqrt_alpha, t, x_prev) * x_prev, self.at(self.log_step_std, t, x_prev))
+
+    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> DiagGaussian:
+        """Returns q(x_{t-1} | x_t, x_0); at t = 1 that is a point, x_0 itself, with log_std = -inf."""
+        return DiagGaussian(self._posterior_mean(x0, x_t, t), self.at(self.log_posterior_std, t, x_t))
+
+    def _posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.at(self.posterior_x0, t, x0) * x0 + self.at(self.posterior_xt, t, x_t) * x_t
+
+    def reverse(
+        self,
+        prediction: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        parameterization: Parameterization | None = None,
+        clip: bool = False,
+    ) -> DiagGaussian:
+        """Returns p_θ(x_{t-1} | x_t) = N(μ̃_t(x_t, x̂_0), σ_t²).
+
+        Args:
+            prediction: the network's output; with the default, ε_θ(x_t, t) (B, *).
+            x_t: (B, *).
+            t: (B,) in 1..T.
+            parameterization: what the prediction is, by default :class:`diffusion.Epsilon`.
+            clip: clamps x̂_0 to [-1, 1], as the sampler does.
+        """
+        x0_hat = (parameterization or Epsilon()).x0(prediction, x_t, t, self)
+        if clip:
+            x0_hat = x0_hat.clamp(-1, 1)
+        return DiagGaussian(self._posterior_mean(x0_hat, x_t, t), self.at(self.log_reverse_std, t, x_t))
+
+    def step_kl(
+        self,
+        x0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        prediction: Tensor,
+        parameterization: Parameterization | None = None,
+        clip: bool = False,
+    ) -> Tensor:
+        """Returns KL(q(x_{t-1} | x_t, x_0) ‖ p_θ(x_{t-1} | x_t)) in nats, (B,), for t ≥ 2 (at t = 1 q is a point: infinite)."""
+        return kl(self.posterior(x0, x_t, t), self.reverse(prediction, x_t, t, parameterization, clip))
+
+    def prior_kl(self, x0: Tensor) -> Tensor:
+        """Returns KL(q(x_T | x_0) ‖ N(0, I)) in nats: (B,)."""
+        last = torch.full((x0.shape[0],), self.num_steps, device=x0.device)
+        return kl(self.marginal(x0, last), DiagGaussian.standard(x0))
+
+
+def _coefficients(betas: Tensor, variance: Tensor) -> dict[str, Tensor]:
+    """Works out every coefficient in float64, for t = 0..T: (T + 1,) each."""
+    zero = betas.new_zeros(1)
+    betas_t = torch.cat([zero, betas])
+    log_alpha_bar = torch.log1p(-betas_t).cumsum(0)
+    noise = -torch.expm1(log_alpha_bar)  # 1 - ᾱ_t
+    previous_noise = torch.cat([zero, noise[:-1]])
+    safe_noise = torch.where(noise > 0, noise, 1.0)
+    snr = log_alpha_bar.exp() / noise
+    later = torch.arange(len(betas_t)) >= 2
+    snr_drop = torch.where(later, torch.cat([snr[:1], snr[:-1]]) - snr, 0.0)  # SNR_{t-1} - SNR_t
+    return {
+        "betas": betas_t,
+        "alpha_bar": log_alpha_bar.exp(),
+        "snr": snr,
+        "sqrt_alpha": (1 - betas_t).sqrt(),
+        "sqrt_alpha_bar": (0.5 * log_alpha_bar).exp(),
+        "noise_std": noise.sqrt(),
+        "log_noise_std": 0.5 * noise.log(),
+        "log_step_std": 0.5 * betas_t.log(),
+        "log_posterior_std": 0.5 * torch.cat([zero, posterior_variance(betas)]).log(),
+        "log_reverse_std": 0.5 * torch.cat([zero, variance]).log(),
+        "posterior_x0": (0.5 * torch.cat([zero, log_alpha_bar[:-1]])).exp() * betas_t / safe_noise,
+        "posterior_xt": (1 - betas_t).sqrt() * previous_noise / safe_noise,
+        "x0_weight": 0.5 * snr_drop,
+        "epsilon_weight": torch.where(later, 0.5 * snr_drop / snr, 0.0),
+        "v_weight": 0.5 * noise * snr_drop,
+    }

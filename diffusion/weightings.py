@@ -1,0 +1,36 @@
+"""What a training step minimises at step t, per example: a function of the network's output, never of the reported bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from losses import sum_except_batch
+
+
+@dataclass(frozen=True, eq=False)
+class StepTerms:
+    """What one drawn step of every image gives.
+
+    Attributes:
+        term: this step's share of -ELBO, t ≥ 2 its KL and t = 1 its -ln p(x_0 | x_1): (B,), nats.
+        noise: ε, (B, C, H, W).
+        noise_hat: ε̂, (B, C, H, W).
+        num_steps: T.
+    """
+
+    term: Tensor
+    noise: Tensor
+    noise_hat: Tensor
+    num_steps: int
+
+
+def simple(terms: StepTerms) -> Tensor:
+    """‖ε - ε̂‖²: L_simple (Ho et al. 2020, eq. 14), (B,). Not a bound: it weighs the noisy steps up."""
+    return sum_except_batch((terms.noise - terms.noise_hat).square())
+
+
+def elbo(terms: StepTerms) -> Tensor:
+    """T times the step's share of -ELBO: for a uniform t an unbiased estimate of the bound but its prior term, (B,), nats."""
+    return terms.num_steps * terms.term

@@ -1,0 +1,78 @@
+"""Random numbers for a batch that several ranks share.
+
+A rank of N holds some rows of the global batch. It draws for the whole batch and keeps its own rows, so N devices that
+start from one seed see exactly the noise that one device sees, and no two ranks see the same. On one device, and
+outside of :func:`rows_of_global_batch`, these functions are torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's tensors are rows ``start`` to ``stop`` (exclusive) of a global batch of ``total``."""
+
+    start: int
+    stop: int
+    total: int
+
+
+_rows: Rows | None = None
+
+
+@contextmanager
+def rows_of_global_batch(rows: Rows | None) -> Iterator[None]:
+    """Inside the block, draws are this rank's rows of draws for the global batch; ``None`` means all of them."""
+    before = set_rows(rows)
+    try:
+        yield
+    finally:
+        set_rows(before)
+
+
+def set_rows(rows: Rows | None) -> Rows | None:
+    """Sets the rows for all draws to come and returns what was set before (for hooks, which cannot hold a block open)."""
+    global _rows
+    before, _rows = _rows, rows
+    return before
+
+
+def _own_rows(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
+    if _rows is None or _rows.stop - _rows.start == _rows.total:
+        return draw(shape)
+    # k entries of one example lie together (several steps of one image in one network batch), in the global batch too
+    k, rest = divmod(shape[0], _rows.stop - _rows.start)
+    if rest:
+        return draw(shape)
+    return draw((k * _rows.total, *shape[1:]))[k * _rows.start : k * _rows.stop]
+
+
+def randn_like(x: Tensor) -> Tensor:
+    """Draws N(0, 1) with the shape, dtype and device of ``x`` (B, *)."""
+    return _own_rows(lambda shape: torch.randn(shape, dtype=x.dtype, device=x.device), tuple(x.shape))
+
+
+def rand(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draws U[0, 1) of ``shape`` (B, *)."""
+    return _own_rows(lambda full: torch.rand(full, dtype=dtype, device=device), shape)
+
+
+def stratified(batch: int, device: torch.device) -> Tensor:
+    """Draws ``batch`` numbers, each U[0, 1), one in each of the cells [i/n, (i+1)/n) of the global batch of n: (B,) float64.
+
+    One uniform shift for the whole batch (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        cells = torch.arange(shape[0], dtype=dtype, device=device)
+        return ((torch.rand((), dtype=dtype, device=device) + cells) / shape[0]).clamp(max=1 - torch.finfo(dtype).eps)
+
+    return _own_rows(draw, (batch,))

@@ -1,0 +1,46 @@
+"""The record that every model returns: the three terms of the bound, per example, in nats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Elbo:
+    """ELBO(x) = reconstruction - prior - matching ≤ ln p(x), never reweighted.
+
+    Attributes:
+        reconstruction: E_q ln p(x | z_1), (B,), nats.
+        prior: KL(q(z_T | ·) ‖ p(z_T)), (B,), nats.
+        matching: the KLs of all the levels in between, summed, (B,), nats; zero for a VAE.
+    """
+
+    reconstruction: Tensor
+    prior: Tensor
+    matching: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(term.shape) for term in (self.reconstruction, self.prior, self.matching)}
+        if len(shapes) != 1 or self.reconstruction.ndim != 1:
+            raise ValueError(f"the terms of an ELBO are per example, of one shape (B,); got {sorted(shapes)}")
+
+    @property
+    def value(self) -> Tensor:
+        """The bound itself: (B,), nats."""
+        return self.reconstruction - self.prior - self.matching
+
+    def bits_per_dim(self, num_dims: int) -> Tensor:
+        """Returns -ELBO / (D ln 2), (B,): the only place where nats become bits.
+
+        Args:
+            num_dims: D, the number of dimensions of one example (C·H·W for an image).
+        """
+        return nats_to_bits_per_dim(-self.value, num_dims)
+
+
+def nats_to_bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
+    """Returns nats / (D ln 2): how any term of the bound, or its standard error, is expressed in bits/dim."""
+    return nats / (num_dims * math.log(2))

@@ -1,0 +1,247 @@
+r"""p(x | z) for pixels: distributions over ``levels`` integers, and a Gaussian density for continuous data.
+
+A pixel takes the levels 0..L-1, placed at 2k/(L-1) - 1 in [-1, 1], so neighbours are 2/(L-1) apart. A discretised density gives
+
+.. math::  P(k) = F(x_k + 1/(L-1)) - F(x_k - 1/(L-1)), \qquad F\text{ taken as 0 below level 0 and 1 above level L-1},
+
+so that Σ_k P(k) = 1 exactly (Salimans et al. 2017, eq. 2; Ho et al. 2020, eq. 13). Parameters come as one tensor (B, P·C, H, W)
+with P = ``params_per_channel``, parameter-major: ``params.unflatten(1, (P, C))`` separates them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.gaussian import DiagGaussian, full_precision, sum_except_batch
+
+
+def to_unit(x: Tensor, levels: int = 256) -> Tensor:
+    """Maps levels to [-1, 1]: k -> 2k/(levels-1) - 1, in float32 (floating input keeps its dtype)."""
+    x = x if x.is_floating_point() else x.float()
+    return (2 * x - (levels - 1)) / (levels - 1)  # the integer numerator keeps level 0 at exactly -1 and L-1 at exactly 1
+
+
+def from_unit(x: Tensor, levels: int = 256) -> Tensor:
+    """Inverse of :func:`to_unit`: clamps to [-1, 1] and rounds to the nearest level, uint8."""
+    return ((full_precision(x).clamp(-1, 1) + 1) * ((levels - 1) / 2)).round().to(torch.uint8)
+
+
+class Likelihood(Protocol):
+    """A distribution over images, given a network's output.
+
+    Attributes:
+        levels: number of values a pixel can take, or ``None`` for a density over the reals.
+        params_per_channel: P, how many numbers of the network's output describe one pixel of one channel.
+    """
+
+    levels: int | None
+    params_per_channel: int
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Returns ln P(x) in nats per image: params (B, P·C, H, W), x uint8 (B, C, H, W) -> (B,)."""
+
+    def mean(self, params: Tensor) -> Tensor:
+        """Returns the level nearest to the mean of each pixel: uint8 (B, C, H, W)."""
+
+    def sample(self, params: Tensor) -> Tensor:
+        """Draws an image: uint8 (B, C, H, W)."""
+
+
+def check_levels(levels: int) -> None:
+    """Refuses numbers of levels that a uint8 pixel cannot take.
+
+    Raises:
+        ValueError: if ``levels`` is not an integer in 2..256.
+    """
+    if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
+        raise ValueError(f"levels must be an integer from 2 to 256, got {levels!r}; continuous data has likelihood=gaussian")
+
+
+def _split(params: Tensor, num: int) -> Tensor:
+    """Separates the parameters of a pixel, in float32 or better: (B, P·C, H, W) -> (B, P, C, H, W)."""
+    if params.shape[1] % num:
+        raise ValueError(f"the network gives {params.shape[1]} channels, not a multiple of params_per_channel={num}")
+    return full_precision(params).unflatten(1, (num, -1))
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Two levels, one logit a pixel: P(x = 1) = sigmoid(logit).
+
+    Raises:
+        ValueError: if ``levels`` is not 2, since a Bernoulli "likelihood" of grey values normalises to nothing.
+    """
+
+    levels: int = 2
+    params_per_channel: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.levels != 2:
+            raise ValueError(
+                f"likelihood=bernoulli is for 2 levels, but the data has {self.levels}: choose another likelihood, "
+                "or binarise the data (data/binarization=static or dynamic, where the data set has it)"
+            )
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Returns ln P(x), nats: (B, C, H, W), (B, C, H, W) -> (B,)."""
+        logits = full_precision(params)
+        return -sum_except_batch(F.binary_cross_entropy_with_logits(logits, x.to(logits.dtype), reduction="none"))
+
+    def mean(self, params: Tensor) -> Tensor:
+        """Returns 1 where P(x = 1) > 1/2: uint8 (B, C, H, W)."""
+        return (params > 0).to(torch.uint8)
+
+    def sample(self, params: Tensor) -> Tensor:
+        """Draws a binary image: uint8 (B, C, H, W)."""
+        return torch.bernoulli(full_precision(params).sigmoid()).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Any number of levels, a logit for each: P(k) = softmax(logits)_k. Zero logits score exactly log2(levels) bits."""
+
+    levels: int = 256
+    params_per_channel: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+        object.__setattr__(self, "params_per_channel", self.levels)
+
+    def logits(self, params: Tensor) -> Tensor:
+        """Returns one logit for each level: (B, L·C, H, W) -> (B, L, C, H, W)."""
+        return _split(params, self.levels)
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Returns ln P(x), nats: (B, L·C, H, W), (B, C, H, W) -> (B,)."""
+        return -sum_except_batch(F.cross_entropy(self.logits(params), x.long(), reduction="none"))
+
+    def mean(self, params: Tensor) -> Tensor:
+        """Returns the level nearest to Σ_k P(k) k: uint8 (B, C, H, W)."""
+        level = torch.arange(self.levels, device=params.device, dtype=full_precision(params).dtype)
+        return torch.tensordot(level, self.logits(params).softmax(1).movedim(1, 0), 1).round().to(torch.uint8)
+
+    def sample(self, params: Tensor) -> Tensor:
+        """Draws a level for each pixel by the Gumbel-max trick: uint8 (B, C, H, W)."""
+        logits = self.logits(params)
+        return (logits - torch.empty_like(logits).exponential_().log()).argmax(1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Discretized:
+    """A location-scale density integrated over the bin of each level; params are (mean, ln scale), both in [-1, 1] units."""
+
+    levels: int = 256
+    params_per_channel: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+
+    def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """ln(F(upper) - F(lower)) for standardised edges."""
+        raise NotImplementedError
+
+    def _log_cdf(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _noise(self, like: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Returns ln P(x), nats: (B, 2·C, H, W), (B, C, H, W) -> (B,)."""
+        mean, log_scale = _split(params, 2).unbind(1)
+        inverse_scale = torch.exp(-log_scale)
+        # Both edges of a bin come from integers, so a level's upper edge and the next one's lower edge are the same
+        # float and the probabilities telescope to one.
+        centre = 2 * x.to(mean.dtype) - (self.levels - 1)
+        lower = ((centre - 1) / (self.levels - 1) - mean) * inverse_scale
+        upper = ((centre + 1) / (self.levels - 1) - mean) * inverse_scale
+        lowest, highest = x == 0, x == self.levels - 1
+        open_ended = torch.where(lowest, self._log_cdf(upper), self._log_cdf(-lower))  # F(-z) = 1 - F(z): both are symmetric
+        return sum_except_batch(torch.where(lowest | highest, open_ended, self._log_mass(lower, upper)))
+
+    def mean(self, params: Tensor) -> Tensor:
+        """Returns the level nearest to the mean parameter: uint8 (B, C, H, W)."""
+        return from_unit(_split(params, 2)[:, 0], self.levels)
+
+    def sample(self, params: Tensor) -> Tensor:
+        """Draws from the density and rounds to the nearest level, which is a draw from P: uint8 (B, C, H, W)."""
+        mean, log_scale = _split(params, 2).unbind(1)
+        return from_unit(mean + log_scale.exp() * self._noise(mean), self.levels)
+
+
+def _log1mexp(d: Tensor) -> Tensor:
+    """ln(1 - e^d) for d < 0, by whichever of two forms keeps its digits (Mächler 2012)."""
+    d = d.clamp(max=-(torch.finfo(d.dtype).tiny ** 0.5))  # bins narrower than rounding: a large finite -ln, not infinity
+    near = d > -math.log(2)
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, d, -torch.ones_like(d)))),
+        torch.log1p(-torch.exp(torch.where(near, -torch.ones_like(d), d))),
+    )
+
+
+class DiscretizedGaussian(_Discretized):
+    """N(mean, scale²) integrated over each level's bin (Ho et al. 2020, eq. 13). Params: mean, ln scale."""
+
+    def _log_cdf(self, z: Tensor) -> Tensor:
+        return torch.special.log_ndtr(z)
+
+    def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
+        flip = lower + upper > 0  # in the upper tail both cdfs round to 1: mirror the bin into the lower tail
+        log_upper = self._log_cdf(torch.where(flip, -lower, upper))
+        log_lower = self._log_cdf(torch.where(flip, -upper, lower))
+        return log_upper + _log1mexp(log_lower - log_upper)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.randn_like(like)
+
+
+class DiscretizedLogistic(_Discretized):
+    """Logistic(mean, scale) integrated over each level's bin (Salimans et al. 2017). Params: mean, ln scale."""
+
+    def _log_cdf(self, z: Tensor) -> Tensor:
+        return F.logsigmoid(z)
+
+    def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
+        # F(b) - F(a) = F(b) F(-a) (1 - e^{a-b}) for the logistic function: no cancellation anywhere
+        return F.logsigmoid(upper) + F.logsigmoid(-lower) + _log1mexp(lower - upper)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.logit(torch.rand_like(like).clamp(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps))
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A density over the reals, for continuous data only; its figure is nats, not bits/dim of levels. Params: mean, ln std.
+
+    Raises:
+        ValueError: if ``levels`` is given: a density on integers compares with nothing.
+    """
+
+    levels: None = None
+    params_per_channel: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if self.levels is not None:
+            raise ValueError(
+                f"likelihood=gaussian is a density, but the data has {self.levels} levels, and a density at integers compares with "
+                "nothing: choose likelihood=discretized_gaussian"
+            )
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Returns the log-density ln p(x), nats: (B, 2·C, H, W), (B, C, H, W) -> (B,)."""
+        return DiagGaussian(*_split(params, 2).unbind(1)).log_prob(x)
+
+    def mean(self, params: Tensor) -> Tensor:
+        """Returns the mean, in data units: (B, C, H, W)."""
+        return _split(params, 2)[:, 0]
+
+    def sample(self, params: Tensor) -> Tensor:
+        """Draws x, in data units: (B, C, H, W)."""
+        return DiagGaussian(*_split(params, 2).unbind(1)).sample()
