@@ -1,0 +1,9 @@
+"""Floor 4: what watches a run: averaging, seeding, checkpoints, progress and pictures."""
+
+from callbacks.checkpoints import RunCheckpoint
+from callbacks.ema import EMA
+from callbacks.pictures import Pictures
+from callbacks.progress import LineProgress, progress_bar
+from callbacks.seeding import SeededBatches
+
+__all__ = ["EMA", "LineProgress", "Pictures", "RunCheckpoint", "SeededBatches", "progress_bar"]

@@ -1,6 +1,6 @@
 """Floor 1: betas -> q, p and the KL of every step; what the network predicts; which steps are drawn."""
 
-from diffusion.parameterizations import Epsilon, Lattice, Parameterization, X0
+from diffusion.parameterizations import X0, Epsilon, Lattice, Parameterization
 from diffusion.process import GaussianDiffusion
 from diffusion.schedules import constant, cosine, jsd, linear, log_snr_linear, scaled_linear, sigmoid
 from diffusion.timesteps import low_discrepancy, uniform
@@ -8,11 +8,11 @@ from diffusion.variances import large, small
 from diffusion.weightings import elbo, simple
 
 __all__ = [
+    "X0",
     "Epsilon",
     "GaussianDiffusion",
     "Lattice",
     "Parameterization",
-    "X0",
     "constant",
     "cosine",
     "elbo",

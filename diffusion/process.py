@@ -131,7 +131,7 @@ def _coefficients(betas: Tensor, variance: Tensor) -> dict[str, Tensor]:
     zero = betas.new_zeros(1)
     betas_t = torch.cat([zero, betas])
     log_alpha_bar = torch.log1p(-betas_t).cumsum(0)
-    noise = -torch.expm1(log_alpha_bar)  # 1 - ᾱ_t
+    noise = torch.expm1(log_alpha_bar).abs()  # 1 - ᾱ_t; abs, as -expm1(0) is -0 and SNR_0 is +inf
     previous_noise = torch.cat([zero, noise[:-1]])
     safe_noise = torch.where(noise > 0, noise, 1.0)
     snr = log_alpha_bar.exp() / noise

@@ -83,7 +83,7 @@ def _from_alpha_bar(name: str, num_steps: int, alpha_bar) -> Tensor:
 
 
 def log_snr_linear(num_steps: int, log_snr_max: float = 6.5, log_snr_min: float = -9.0) -> Tensor:
-    """ln SNR_t = linspace(log_snr_max, log_snr_min, T), so ᾱ_t = σ(ln SNR_t), σ logistic (Kingma et al. 2021, VDM-like).
+    """Ln SNR_t = linspace(log_snr_max, log_snr_min, T), so ᾱ_t = σ(ln SNR_t), σ logistic (Kingma et al. 2021, VDM-like).
 
     A first noise far below one level's width spends steps where there is nothing to learn: match ``log_snr_max`` to the
     number of levels. T = 1 takes ``log_snr_max``.

@@ -15,12 +15,14 @@ class StepTerms:
 
     Attributes:
         term: this step's share of -ELBO, t ≥ 2 its KL and t = 1 its -ln p(x_0 | x_1): (B,), nats.
+        prior: KL(q(x_T|x_0) ‖ p(x_T)): (B,), nats.
         noise: ε, (B, C, H, W).
         noise_hat: ε̂, (B, C, H, W).
         num_steps: T.
     """
 
     term: Tensor
+    prior: Tensor
     noise: Tensor
     noise_hat: Tensor
     num_steps: int
@@ -32,5 +34,5 @@ def simple(terms: StepTerms) -> Tensor:
 
 
 def elbo(terms: StepTerms) -> Tensor:
-    """T times the step's share of -ELBO: for a uniform t an unbiased estimate of the bound but its prior term, (B,), nats."""
-    return terms.num_steps * terms.term
+    """T times the step's share, and the prior term: for a uniform t an unbiased estimate of -ELBO, (B,), nats."""
+    return terms.num_steps * terms.term + terms.prior

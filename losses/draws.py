@@ -64,6 +64,16 @@ def rand(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torc
     return _own_rows(lambda full: torch.rand(full, dtype=dtype, device=device), shape)
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zeroes every entry of ``x`` (B, *) with probability p in [0, 1) and scales the others by 1/(1 - p)."""
+
+    # boolean whatever x is, so that the mask does not depend on the precision of the run
+    def keep(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+
+    return x * _own_rows(keep, tuple(x.shape)).to(x.dtype).mul_(1 / (1 - p))  # a float mask multiplies fastest
+
+
 def stratified(batch: int, device: torch.device) -> Tensor:
     """Draws ``batch`` numbers, each U[0, 1), one in each of the cells [i/n, (i+1)/n) of the global batch of n: (B,) float64.
 

@@ -1,0 +1,137 @@
+"""Pictures of a run, as PNG files and in W&B: samples, reconstructions, and the KL of each step or level."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from losses.elbo import nats_to_bits_per_dim
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PROFILE_IMAGES = 64
+
+
+class Pictures(Callback):
+    """Draws samples during training and, at its end, the pictures that explain the bound.
+
+    Args:
+        directory: the run directory; ``samples/`` and ``plots/`` are made in it.
+        every_n_epochs: epochs between two grids of samples; 0 draws none during training.
+        num: images in a grid.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(self, directory: str, every_n_epochs: int = 50, num: int = 64) -> None:
+        if every_n_epochs < 0 or num < 1:
+            raise ValueError(
+                f"callbacks.pictures.every_n_epochs={every_n_epochs} must be at least 0 and callbacks.pictures.num={num} at least 1"
+            )
+        self.directory, self.every_n_epochs, self.num = Path(directory), every_n_epochs, num
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws samples with the weights that validation used."""
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and not trainer.sanity_checking and trainer.is_global_zero:
+            with torch.random.fork_rng(devices=[]), torch.inference_mode():
+                torch.manual_seed(0)  # the same latents each time: the grids show learning, not luck
+                self._samples(trainer, pl_module, f"step_{trainer.global_step:07d}")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the final samples, reconstructions and the KL profile with the tested weights."""
+        if not trainer.is_global_zero:
+            return
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(0)
+            self._samples(trainer, pl_module, "final")
+            x = next(iter(trainer.test_dataloaders))[:PROFILE_IMAGES].to(pl_module.device)
+            if hasattr(pl_module, "reconstruct") and pl_module.levels is not None:
+                self._reconstructions(trainer, pl_module, x[: self.num // 2])
+            self._profile(trainer, pl_module, x)
+
+    def _samples(self, trainer: Trainer, module: LightningModule, name: str) -> None:
+        samples = module.sample(self.num, mean=module.levels is not None)
+        caption = f"Samples: means of p(x | z₁) after {trainer.global_step} steps"
+        if module.levels is None:
+            figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+            axis.hist(samples.flatten().cpu().numpy(), bins=40, density=True, color="#3b6fb6")
+            axis.set(xlabel="x (data units)", ylabel="density", title=f"Samples of p(x) after {trainer.global_step} steps")
+        else:
+            figure = draw_grid(samples, module.levels, caption)
+        self._save(trainer, figure, f"samples/{name}.png", "samples", caption)
+
+    def _reconstructions(self, trainer: Trainer, module: LightningModule, x: Tensor) -> None:
+        pairs = torch.stack([x, module.reconstruct(x)], 1).flatten(0, 1)
+        caption = "Test images (odd columns), each with its reconstruction to the right: mean of p(x | z₁), z ~ q(z | x)"
+        figure = draw_grid(pairs, module.levels, caption, columns=2 * math.ceil(math.sqrt(len(pairs)) / 2))
+        self._save(trainer, figure, "plots/reconstructions.png", "reconstructions", caption)
+
+    def _profile(self, trainer: Trainer, module: LightningModule, x: Tensor) -> None:
+        kls = module.level_kls(x).mean(1).cpu()
+        unit = "nats" if module.levels is None else "bits/dim"
+        values = kls if module.levels is None else nats_to_bits_per_dim(kls, module.num_dims)
+        caption = f"KL of each latent z₁..z_{len(values)}, mean of {len(x)} test images, {unit}; sum {values.sum():.3f} {unit}"
+        self._save(trainer, draw_profile(values.numpy(), unit, caption), "plots/kl_per_level.png", "kl_per_level", caption)
+
+    def _save(self, trainer: Trainer, figure: plt.Figure, path: str, key: str, caption: str) -> None:
+        target = self.directory / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=140)
+        plt.close(figure)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(f"pictures/{key}", [str(target)], step=trainer.global_step, caption=[caption])
+
+
+def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = None) -> plt.Figure:
+    """Returns a figure of images (N, C, H, W) uint8 in a grid, with its caption above."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    channels, height, width = images.shape[1:]
+    gap = max(1, height // 8)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 0.5)
+    for index, image in enumerate(images.cpu().numpy() / (levels - 1)):
+        row, column = divmod(index, columns)
+        top, left = gap + row * (height + gap), gap + column * (width + gap)
+        canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    size = 5.0
+    figure, axis = plt.subplots(figsize=(size, size * canvas.shape[0] / canvas.shape[1] + 0.45), layout="constrained")
+    # matplotlib shows one channel by a colour map and three as they are; other numbers of channels by their mean
+    shown = canvas if channels == 3 else canvas.mean(2)
+    axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_axis_off()
+    axis.set_title(caption, fontsize=8, wrap=True)
+    return figure
+
+
+def draw_profile(values: np.ndarray, unit: str, caption: str) -> plt.Figure:
+    """Returns a figure of the KL of each latent: bars for a few, a curve with its sum from the top for many."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    t = np.arange(1, len(values) + 1)
+    if len(values) <= 12:
+        bars = axis.bar(t, values, color="#3b6fb6", width=0.6)
+        axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+        axis.margins(y=0.15)
+        axis.set_xticks(t)
+        axis.axhline(0, color="black", linewidth=0.8)
+    else:
+        axis.plot(t, np.clip(values, 1e-9, None), color="#3b6fb6", label="KL of one step (left, log scale)")
+        axis.set_yscale("log")
+        total = axis.twinx()
+        total.plot(t, values[::-1].cumsum()[::-1], color="#c2541b", label="sum of all steps from here up (right)")
+        total.set(ylabel=unit, ylim=(0, None))
+        lines = [*axis.get_lines(), *total.get_lines()]
+        axis.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="upper right")
+    axis.set(xlabel="t: the latent z_t (x_t in DDPM); the last is the prior term", ylabel=unit)
+    axis.set_title(caption, fontsize=8)
+    return figure

@@ -1,0 +1,56 @@
+"""Progress that suits where it is read: a live bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+
+class LineProgress(ProgressBar):
+    """Prints one line after a validation, at most every ``seconds``.
+
+    Args:
+        seconds: the shortest time between two lines.
+    """
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.start = self.last = time.monotonic()
+
+    def disable(self) -> None:
+        """Asked for on ranks above 0, which print nothing in any case."""
+
+    def enable(self) -> None:
+        """Asked for on rank 0."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self.start = self.last = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the epoch, the step and the validation bound."""
+        now = time.monotonic()
+        if trainer.sanity_checking or not trainer.is_global_zero or now - self.last < self.seconds:
+            return
+        self.last = now
+        name = "val/bpd" if "val/bpd" in trainer.callback_metrics else "val/elbo"
+        value = trainer.callback_metrics.get(name)
+        bound = f"   {name} {value:.3f}" if value is not None else ""
+        total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        print(f"epoch {trainer.current_epoch + 1}{total}   step {trainer.global_step}{bound}   {now - self.start:.0f} s", flush=True)
+
+
+def progress_bar(refresh_rate: int = 10) -> ProgressBar:
+    """Returns Rich's progress bar on a terminal, and :class:`LineProgress` elsewhere.
+
+    Args:
+        refresh_rate: batches between two updates of the bar.
+    """
+    if not sys.stdout.isatty():
+        return LineProgress()
+    return RichProgressBar(refresh_rate=refresh_rate, theme=RichProgressBarTheme(metrics_format=".3f"))

@@ -1,0 +1,177 @@
+"""What all data modules share: resident splits, loaders that gather whole batches, and the account given of them.
+
+A split that fits in memory is one uint8 tensor, and a batch is one ``index_select``. Two seeds keep two things apart:
+``split_seed`` decides what the data set is (which images are held out, how they are binarised), ``seed`` decides how a
+run walks through it (order, flips, what is redrawn for training). Runs of different seeds are scored on the same images.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.binarization import NoBinarization
+from datamodules.sampling import BatchRecord, GlobalBatchSampler, at_least, seeded
+
+
+class Images(Protocol):
+    """Images by index: a tensor (n, C, H, W), or pictures that are decoded when they are asked for.
+
+    If training images are to be mirrored, index n + i is image i mirrored.
+    """
+
+    def __len__(self) -> int: ...
+
+    def index_select(self, dim: int, index: Tensor, /) -> Tensor:
+        """Returns the images of ``index`` (b,) as a tensor (b, C, H, W); ``dim`` is 0."""
+        ...
+
+
+class ImageBatches(Dataset[Tensor]):
+    """Turns one record into one batch.
+
+    Args:
+        images: the split.
+        binarization: what is redrawn for each batch, if anything.
+    """
+
+    def __init__(self, images: Images, binarization: NoBinarization | None = None) -> None:
+        self.images, self.binarization = images, binarization
+
+    def __getitem__(self, record: BatchRecord) -> Tensor:
+        """Returns the images of a record: (b, C, H, W)."""
+        batch = self.images.index_select(0, record.indices)
+        return batch if self.binarization is None else self.binarization.each_time(batch, record)
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Batches without labels: uint8 (b, C, H, W) with values 0..levels-1, or float32 if the data is continuous.
+
+    Args:
+        image_shape: (C, H, W) as the configuration states it, for the model to refer to.
+        levels: number of values a pixel takes, as the configuration states it; ``None`` for continuous data.
+        batch_size: images in the global batch, over all ranks.
+        seed: decides order, flips and what is redrawn in training.
+        split_seed: decides which images are held out and how held out images are binarised.
+        actual_shape: the shape that the data really has.
+        actual_levels: the levels that the data really has.
+        flip: whether training images are mirrored left to right with probability 1/2.
+        binarization: how grey levels become bits.
+
+    Raises:
+        ValueError: if a setting is out of range, or what is stated is not what the data has.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        levels: int | None,
+        batch_size: int,
+        seed: int,
+        split_seed: int = 0,
+        *,
+        actual_shape: Sequence[int],
+        actual_levels: int | None,
+        flip: bool = False,
+        binarization: NoBinarization | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_shape, self.levels = tuple(image_shape), levels
+        self._expect("image_shape", list(image_shape), list(actual_shape))
+        self._expect("levels", levels, actual_levels)
+        self.batch_size = at_least("data.batch_size", batch_size, 1)
+        self.seed = at_least("data.seed", seed, 0)
+        self.split_seed = at_least("data.split_seed", split_seed, 0)
+        self.flip, self.binarization = flip, binarization or NoBinarization()
+        self.num_workers = 0  # a resident split is gathered faster than another process could hand it over
+        self.splits: dict[str, Images] = {}
+        self.sizes: dict[str, int] = {}
+
+    def _expect(self, setting: str, stated: object, actual: object) -> None:
+        if stated != actual:
+            raise ValueError(
+                f"data.{setting}={stated}: {self.name} has {setting}={actual}, so set it to that or leave it alone"
+            )
+
+    @abstractmethod
+    def load(self) -> Mapping[str, Images]:
+        """Reads the splits ``train``, ``val`` and ``test``, each (n, C, H, W)."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads all splits, once."""
+        if self.splits:
+            return
+        splits = dict(self.load())
+        self.sizes = {split: len(images) for split, images in splits.items()}
+        for split, images in splits.items():
+            if isinstance(images, Tensor):
+                generator = seeded(self.split_seed, "binarization", split)
+                splits[split] = self.binarization.once(images, generator, split == "train")
+        train = splits["train"]
+        if self.flip and isinstance(train, Tensor):
+            # mirror images lie ready behind the images, because flipping a gathered batch costs several times the gather
+            splits["train"] = torch.cat([train, train.flip(-1)])
+        self.splits = splits
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Returns full batches in an order of their own for each epoch."""
+        return self._loader(ImageBatches(self.splits["train"], self.binarization), "train")
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Returns every validation image once, the same in every pass."""
+        return self._loader(ImageBatches(self.splits["val"]), "val")
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        """Returns every test image once, the same in every pass."""
+        return self._loader(ImageBatches(self.splits["test"]), "test")
+
+    def _loader(self, batches: ImageBatches, split: str) -> DataLoader[Tensor]:
+        train, trainer = split == "train", self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        sampler = GlobalBatchSampler(
+            self.sizes[split], self.batch_size, train, train, self.seed, rank, world_size, mirror=train and self.flip
+        )
+        workers, persistent = self.num_workers, self.num_workers > 0
+        return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=workers, persistent_workers=persistent)
+
+    @property
+    def num_dims(self) -> int:
+        """Numbers in one image, C·H·W: what bits/dim divides by."""
+        return math.prod(self.image_shape)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether values are real numbers rather than levels."""
+        return self.levels is None
+
+    def describe(self) -> str:
+        """Returns one line about the data, after ``setup``."""
+        sizes = "/".join(str(self.sizes[split]) for split in ("train", "val", "test"))
+        values = "continuous values" if self.continuous else f"{self.levels} levels"
+        binarized = "" if self.binarization.name == "none" else f" ({self.binarization.name} binarisation)"
+        return f"{self.name}: {sizes} images of {'x'.join(map(str, self.image_shape))}, {values}{binarized}"
+
+    def protocol(self) -> dict[str, Any]:
+        """Returns what a reader must know to repeat the figures, after ``setup``."""
+        return {
+            "dataset": self.name,
+            "image_shape": list(self.image_shape),
+            "levels": self.levels,
+            **{f"num_{split}": size for split, size in self.sizes.items()},
+            "binarization": self.binarization.name,
+            "split_seed": self.split_seed,
+        }
+
+
+def shuffled(num: int, seed: int) -> Tensor:
+    """Returns the indices 0..num-1 in the order that splits are cut from: int64 (num,)."""
+    return torch.randperm(num, generator=seeded(seed, "split"))

@@ -1,0 +1,177 @@
+"""Any folder of pictures: resized on the shorter side, cropped at the centre, kept in memory if they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.hub import tqdm
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
+
+from datamodules.base import ImageDataModule, Images, shuffled
+from datamodules.files import MissingDataError
+from datamodules.sampling import at_least
+
+
+class UnreadablePictureError(ValueError):
+    """A picture cannot be decoded; the message is one sentence, also when a loader's worker passes it on."""
+
+    def __init__(self, message: str) -> None:
+        # DataLoader raises a worker's error again with the traceback in its message, of which the last line is ours
+        super().__init__(message.strip().splitlines()[-1].split("UnreadablePictureError: ")[-1])
+
+
+class Pictures:
+    """Pictures on disk, decoded when they are asked for; index n + i is picture i mirrored.
+
+    Args:
+        paths: the n files.
+        image_size: S, height and width of a decoded picture.
+        channels: C, 3 for RGB and 1 for grey.
+    """
+
+    def __init__(self, paths: Sequence[Path], image_size: int, channels: int) -> None:
+        self.paths, self.image_size, self.channels = paths, image_size, channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def decode(self, path: Path) -> Tensor:
+        """Decodes one file: uint8 (C, S, S).
+
+        Raises:
+            UnreadablePictureError: if it is no picture, or a damaged one.
+        """
+        try:
+            picture = pil_loader(path)
+            picture = picture.convert("L") if self.channels == 1 else picture
+            picture = resize(picture, self.image_size, InterpolationMode.BICUBIC)
+            return pil_to_tensor(center_crop(picture, self.image_size))
+        except Exception:  # decoders raise errors of many kinds
+            raise UnreadablePictureError(f"image_folder: {path} cannot be read; repair it or take it away") from None
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Decodes the pictures of ``index`` (b,): uint8 (b, C, S, S)."""
+        num = len(self.paths)
+        pictures = [(self.decode(self.paths[i % num]), i >= num) for i in index.tolist()]
+        return torch.stack([picture.flip(-1) if mirrored else picture for picture, mirrored in pictures])
+
+    def decode_all(self, title: str, quiet: bool) -> Tensor:
+        """Decodes all files, in threads: uint8 (n, C, S, S).
+
+        Raises:
+            UnreadablePictureError: naming the files that cannot be decoded.
+        """
+        images = torch.empty((len(self.paths), self.channels, self.image_size, self.image_size), dtype=torch.uint8)
+
+        def fill(i: int) -> Path | None:
+            try:
+                images[i] = self.decode(self.paths[i])
+            except UnreadablePictureError:
+                return self.paths[i]
+            return None
+
+        with ThreadPoolExecutor() as pool:
+            results = pool.map(fill, range(len(images)))
+            bad = [str(path) for path in tqdm(results, title, len(images), disable=quiet) if path]
+        if bad:
+            others = f" and {len(bad) - 5} others" if len(bad) > 5 else ""
+            raise UnreadablePictureError(f"image_folder: {', '.join(bad[:5])}{others} cannot be read; repair or take away")
+        return images
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Pictures below a folder, however deep, in any format of ``IMG_EXTENSIONS``.
+
+    The folders ``train``, ``val`` and ``test`` below it are the splits. Validation or test pictures that have no folder are
+    cut, by ``split_seed``, from ``train``, or from all other pictures if there is no ``train``.
+
+    Args:
+        root: the folder.
+        image_size: height and width in pixels.
+        channels: 3 for RGB, 1 for grey.
+        flip: whether training pictures are mirrored with probability 1/2.
+        val_fraction: share of the pictures held out for validation, if there is no folder ``val``.
+        test_fraction: share of the pictures held out for the test, if there is no folder ``test``.
+        max_memory_gb: decoded pictures (with mirror images) are kept in memory up to this size, else read again and again.
+        num_workers: processes that read pictures, if they are not kept in memory.
+        shared: the settings of :class:`ImageDataModule`.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    name = "image_folder"
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int,
+        channels: int = 3,
+        flip: bool = False,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        max_memory_gb: float = 2.0,
+        num_workers: int = 2,
+        **shared: Any,
+    ) -> None:
+        at_least("data.image_size", image_size, 1)
+        if channels not in (1, 3):
+            raise ValueError(f"data.channels={channels}: choose 3 for RGB or 1 for grey")
+        for setting, fraction in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
+            if not 0 < fraction < 1 or val_fraction + test_fraction >= 1:
+                raise ValueError(f"data.{setting}={fraction}: both fractions must be above 0 and their sum below 1")
+        if max_memory_gb < 0:
+            raise ValueError(f"data.max_memory_gb={max_memory_gb}: give a number of gigabytes, 0 to keep nothing in memory")
+        super().__init__(**shared, actual_shape=(channels, image_size, image_size), actual_levels=256, flip=flip)
+        self.root, self.max_bytes = Path(root).expanduser(), max_memory_gb * 1e9
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.loading_workers = at_least("data.num_workers", num_workers, 0)
+
+    def find(self) -> dict[str, list[Path]]:
+        """Returns the files of each split.
+
+        Raises:
+            MissingDataError: if a split has none.
+        """
+        given = {split: _pictures(self.root / split) for split in ("train", "val", "test") if (self.root / split).is_dir()}
+        held_out = {path for split in ("val", "test") for path in given.get(split, ())}
+        pool = given.get("train") or [path for path in _pictures(self.root) if path not in held_out]
+        order = [pool[i] for i in shuffled(len(pool), self.split_seed).tolist()]
+        for split in ("val", "test"):
+            if split not in given:
+                num = max(1, round(self.fractions[split] * len(pool)))
+                given[split], order = order[:num], order[num:]
+        splits = {"train": order, "val": given["val"], "test": given["test"]}
+        if not all(splits.values()):
+            raise MissingDataError(
+                f"image_folder: {self.root.absolute()} has {', '.join(f'{len(p)} {s}' for s, p in splits.items())} pictures "
+                f"({' '.join(IMG_EXTENSIONS)}); put some there, or set data.root to where they are"
+            )
+        return splits
+
+    def load(self) -> dict[str, Images]:
+        """Reads the splits, each uint8 (n, C, S, S) if they fit in memory."""
+        _, image_size, _ = self.image_shape
+        splits = {split: Pictures(paths, image_size, self.image_shape[0]) for split, paths in self.find().items()}
+        num = sum(map(len, splits.values())) + self.flip * len(splits["train"])
+        if num * self.num_dims > self.max_bytes:
+            self.num_workers = self.loading_workers
+            return splits
+        quiet = bool(self.trainer) and self.trainer.global_rank > 0
+        return {split: pictures.decode_all(f"reading {split} pictures", quiet) for split, pictures in splits.items()}
+
+    def protocol(self) -> dict[str, Any]:
+        """Returns what a reader must know to repeat the figures, after ``setup``."""
+        return {**super().protocol(), "folder": self.root.absolute().name}
+
+
+def _pictures(folder: Path) -> list[Path]:
+    # names that begin with a dot are a file system's own notes, such as ._cat.jpg
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))
+    return sorted(paths)

@@ -1,0 +1,62 @@
+"""How large each step's KL is, and the proposal over steps that follows from it.
+
+Summing over every t costs T network calls an image. The first few steps hold most of the bound, so drawing t with
+p_t ∝ √E[KL_t²], which minimises the variance of KL_t/p_t, needs few. Any p_t > 0 is unbiased; a good one is only cheaper.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+UNIFORM_SHARE = 0.1  # of the proposal, so that no p_t vanishes however wrong the profile is
+MEMORY = 0.5  # what each refresh keeps of the sums: steps that training now changes are forgotten in a few refreshes
+
+
+class StepProfile(nn.Module):
+    """Running second moments of KL_t, t = 2..T, and draws of t by them.
+
+    Attributes:
+        proposal: p_t for t = 0..T, (T + 1,) float32, zero for t < 2; uniform until steps have been recorded.
+
+    Args:
+        num_steps: T.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        uniform = torch.zeros(num_steps + 1)
+        uniform[2:] = 1 / max(1, num_steps - 1)
+        self.register_buffer("proposal", uniform)
+        # no buffers: DDP would overwrite every rank's sums by rank 0's
+        self._sums: Tensor | None = None
+
+    @torch.no_grad()
+    def record(self, t: Tensor, step_kl: Tensor) -> None:
+        """Adds draws of KL_t: t (B,), step_kl (B,) nats; entries at t < 2 are ignored later."""
+        if self._sums is None:
+            self._sums = torch.zeros(2, len(self.proposal), device=t.device)
+        self._sums[0].index_add_(0, t, step_kl.float().square())
+        self._sums[1].index_add_(0, t, torch.ones_like(step_kl, dtype=torch.float32))
+
+    @torch.no_grad()
+    def refresh(self, strategy) -> None:
+        """Makes the proposal from what all ranks recorded (``strategy.reduce`` sums over ranks); does nothing before that."""
+        if self._sums is None:
+            return
+        square, count = strategy.reduce(self._sums.clone(), reduce_op="sum")
+        self._sums *= MEMORY
+        seen = (count[2:] > 0) & square[2:].isfinite()
+        if not seen.any():
+            return
+        root = (square[2:] / count[2:].clamp(min=1e-12)).sqrt()
+        root = torch.where(seen, root, root[seen].mean())
+        share = root / root.sum().clamp(min=1e-12)
+        self.proposal[2:] = (1 - UNIFORM_SHARE) * share + UNIFORM_SHARE / len(share)
+        self.proposal /= self.proposal.sum()
+
+    def invert(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps uniform numbers to (t, p_t) by the inverse of the cumulated proposal: cells (B, K) in [0, 1)."""
+        cumulated = self.proposal.to(cells.dtype).cumsum(0)
+        t = torch.searchsorted(cumulated, cells * cumulated[-1], right=True).clamp(2, len(self.proposal) - 1)
+        return t, self.proposal.to(cells.dtype)[t] / cumulated[-1]

@@ -1,0 +1,137 @@
+"""What the three families share: a bound to report, an objective to minimise, and the same metric names.
+
+``elbo`` and ``objective`` are apart so that ``val/bpd`` compares over every run, whatever was minimised.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_modules.lr_schedules import Constant
+from lightning_modules.metric import TERMS, ElboMetric
+from losses import Elbo, to_unit
+from losses.elbo import nats_to_bits_per_dim
+
+
+def build(module_or_factory: nn.Module | Callable[..., nn.Module], **sizes: Any) -> nn.Module:
+    """Returns a module as it is, or calls a factory (``_partial_: true`` in yaml) with the sizes that the model knows."""
+    return module_or_factory if isinstance(module_or_factory, nn.Module) else module_or_factory(**sizes)
+
+
+class LikelihoodModule(LightningModule, ABC):
+    """A generative model with a bound on ln p(x).
+
+    Args:
+        image_shape: (C, H, W) of one example.
+        levels: values a pixel takes, or ``None`` for continuous data, whose figures are log-densities in nats.
+        optimizer: parameters -> optimiser; AdamW at 1e-3 unless given.
+        lr_scheduler: (step, total steps) -> factor of the learning rate.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        levels: int | None,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = torch.optim.AdamW,
+        lr_scheduler: Callable[[int, float], float] | None = None,
+    ) -> None:
+        super().__init__()
+        if len(image_shape) != 3 or any(size < 1 for size in image_shape):
+            raise ValueError(f"image_shape must be three positive sizes [C, H, W], got {list(image_shape)}")
+        self.image_shape = tuple(int(size) for size in image_shape)
+        self.levels = levels
+        self.optimizer_factory = optimizer
+        self.lr_factor = lr_scheduler or Constant()
+        self.val_metric, self.test_metric = ElboMetric(), ElboMetric()
+
+    @property
+    def num_dims(self) -> int:
+        """D, the number of dimensions of one example."""
+        channels, height, width = self.image_shape
+        return channels * height * width
+
+    @abstractmethod
+    def elbo(self, x: Tensor) -> Elbo:
+        """Returns an unbiased estimate of the real bound: x uint8 (B, C, H, W) (float for continuous data)."""
+
+    @abstractmethod
+    def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
+        """Returns (loss, estimate of the real bound). The loss is a scalar in nats per dimension, and what is minimised."""
+
+    @abstractmethod
+    def sample(self, num: int, mean: bool = False) -> Tensor:
+        """Draws from the model: uint8 (num, C, H, W). With ``mean``, the last step shows p(x | z_1)'s mean, not a draw."""
+
+    @abstractmethod
+    def level_kls(self, x: Tensor) -> Tensor:
+        """Returns the KL of each latent z_1..z_T, nats, (T, B): the last row is the prior term, the others sum to matching."""
+
+    def evaluation_elbo(self, x: Tensor, stage: str) -> Elbo:
+        """Returns the estimate of the bound that ``stage`` ("val" or "test") reports; by default :meth:`elbo`."""
+        return self.elbo(x)
+
+    def protocol(self) -> dict[str, Any]:
+        """Returns what a reader must know to compare the test figure: which estimator, with how many draws."""
+        return {"estimator": "one draw of the latents for each image"}
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """Maps levels to [-1, 1]; continuous data stays as it is. float32, or float64 in a float64 model."""
+        x = x if self.levels is None else to_unit(x, self.levels)
+        return x.to(torch.promote_types(torch.float32, self.dtype))
+
+    def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+        """Minimises :meth:`objective`; logs it with the bound's terms every ``log_every_n_steps``."""
+        loss, elbo = self.objective(x)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            means = {"elbo": elbo.value, "reconstruction": elbo.reconstruction, "prior": elbo.prior, "matching": elbo.matching}
+            self._log_terms("train", {name: term.detach().mean() for name, term in means.items()}, sync_dist=True)
+            self.log("train/loss", loss.detach(), sync_dist=True)
+        return loss
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        """Adds the batch's terms to the running sums."""
+        self.val_metric.update(self.evaluation_elbo(x, "val"))
+
+    def test_step(self, x: Tensor, batch_idx: int) -> None:
+        """Adds the batch's terms to the running sums."""
+        self.test_metric.update(self.evaluation_elbo(x, "test"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs val/{bpd, elbo, reconstruction, prior, matching} and the bound's standard error."""
+        self._log_metric("val", self.val_metric)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs test/{bpd, elbo, reconstruction, prior, matching}, each with its standard error."""
+        self._log_metric("test", self.test_metric)
+
+    def _log_metric(self, stage: str, metric: ElboMetric) -> None:
+        terms = {name: value.float() for name, value in metric.compute().items()}
+        metric.reset()
+        keep = terms if stage == "test" else {name: terms[name] for name in (*TERMS, "elbo_se")}
+        self._log_terms(stage, keep, sync_dist=False)
+
+    def _log_terms(self, stage: str, nats: dict[str, Tensor], sync_dist: bool) -> None:
+        logged = {f"{stage}/{name}": value for name, value in nats.items()}
+        headline = f"{stage}/elbo"
+        if self.levels is not None:  # bits/dim counts levels: a density has none
+            headline = f"{stage}/bpd"
+            logged[headline] = nats_to_bits_per_dim(-nats["elbo"], self.num_dims)
+            if "elbo_se" in nats:
+                logged[f"{stage}/bpd_se"] = nats_to_bits_per_dim(nats["elbo_se"], self.num_dims)
+        self.log(headline, logged.pop(headline), prog_bar=stage != "test", sync_dist=sync_dist)
+        self.log_dict(logged, sync_dist=sync_dist)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Builds the optimiser and its learning rate by step."""
+        optimizer = self.optimizer_factory(self.parameters())
+        total = self.trainer.estimated_stepping_batches
+        scheduler = LambdaLR(optimizer, lambda step: self.lr_factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,177 @@
+r"""DDPM: an MHVAE whose q is fixed and linear-Gaussian. In the two-variable form (Ho et al. 2020, eq. 5)
+
+.. math::
+    ELBO(x_0) = E[\ln p_θ(x_0|x_1)] - KL(q(x_T|x_0) ‖ N(0, I)) - Σ_{t=2}^T E[KL(q(x_{t-1}|x_t,x_0) ‖ p_θ(x_{t-1}|x_t))],
+
+reconstruction - prior - matching. T = 1 leaves a VAE's ELBO, with q(x_1|x_0) for an encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion import GaussianDiffusion, Parameterization, elbo, low_discrepancy, small
+from diffusion.step_profile import StepProfile
+from diffusion.weightings import StepTerms
+from lightning_modules.base import LikelihoodModule, build
+from losses import Elbo
+from losses.draws import randn_like, stratified
+
+ROWS_PER_CALL = 256  # several steps of one image share a network batch until it has this many rows
+
+
+class DDPMLightningModule(LikelihoodModule):
+    """A denoising diffusion model of T steps.
+
+    Args:
+        network: (x_t (B, C, H, W), t (B,) int64 in 1..T) -> (B, P·C, H, W); or a factory of ``image_shape, outputs_per_channel``.
+        schedule: T -> betas.
+        num_steps: T ≥ 1.
+        parameterization: what the network's output means; its ``outputs_per_channel`` is P.
+        variance: betas -> σ_t².
+        weighting: what is minimised at each step.
+        timestep_sampler: (batch size, T, device) -> t, each uniform on 1..T.
+        val_calls: network calls for each image in validation, ``None`` for all T. Fewer draw t by importance.
+        test_calls: the same for the test set.
+        **settings: see :class:`LikelihoodModule`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | Callable[..., nn.Module],
+        schedule: Callable[[int], Tensor],
+        num_steps: int,
+        parameterization: Parameterization,
+        variance: Callable[[Tensor], Tensor] = small,
+        weighting: Callable[[StepTerms], Tensor] = elbo,
+        timestep_sampler: Callable[[int, int, torch.device], Tensor] = low_discrepancy,
+        val_calls: int | None = 8,
+        test_calls: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        for stage, calls in (("val", val_calls), ("test", test_calls)):
+            if calls is not None and calls < 2:
+                raise ValueError(
+                    f"model.{stage}_calls={calls} must be at least 2 (one for t = 1, the rest for the steps above), or null for all steps"
+                )
+        self.likelihood = parameterization.likelihood(self.levels)
+        self.process = GaussianDiffusion(schedule(num_steps), variance)
+        self.parameterization, self.weighting, self.timestep_sampler = parameterization, weighting, timestep_sampler
+        self.calls = {"val": val_calls, "test": test_calls}
+        self.clip = self.levels is not None  # x̂_0 of pixels lies in [-1, 1]: in evaluation and sampling alike, not in training
+        self.network = build(network, image_shape=self.image_shape, outputs_per_channel=parameterization.outputs_per_channel)
+        self.step_profile = StepProfile(num_steps)
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.process.num_steps
+
+    def elbo(self, x: Tensor, calls: int | None = None) -> Elbo:
+        """Returns an unbiased estimate of the bound, of the chain that :meth:`sample` draws from.
+
+        Args:
+            x: uint8 (B, C, H, W).
+            calls: network calls for each image: one at t = 1, the rest at steps drawn by importance, weighted to stay
+                unbiased. ``None`` sums over every t with one noise draw for each.
+        """
+        x0 = self.to_unit(x)
+        if calls is None or calls >= self.num_steps:
+            matching = self._step_kls(x0).sum(0)
+        else:
+            matching = self._drawn_matching(x0, calls - 1)
+        return Elbo(self._reconstruction(x, x0), self.process.prior_kl(x0), matching)
+
+    def evaluation_elbo(self, x: Tensor, stage: str) -> Elbo:
+        """Returns :meth:`elbo` with the stage's number of network calls."""
+        return self.elbo(x, self.calls[stage])
+
+    def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
+        """Returns the weighted error at one t for each image, per dimension, and the bound's estimate at that t."""
+        x0 = self.to_unit(x)
+        noise = randn_like(x0)  # before t: with T = 1 the draws are then a VAE's
+        on_cpu = self.timestep_sampler(x.shape[0], self.num_steps, torch.device("cpu"))  # known here without a device sync
+        t = on_cpu.to(x.device, non_blocking=True)
+        marginal = self.process.marginal(x0, t)
+        x_t = marginal.mean + marginal.log_std.exp() * noise
+        output = self.network(x_t, t)
+        prior, zero = self.process.prior_kl(x0), x0.new_zeros(len(x0))
+        matching = self._kl(output, x0, x_t, t, clip=False) if self.num_steps > 1 else zero
+        reconstruction, first = zero, (on_cpu == 1).nonzero().flatten().to(x.device, non_blocking=True)
+        if len(first):
+            values = self._log_likelihood(output[first], x[first], x_t[first], clip=False)
+            reconstruction = zero.index_copy(0, first, values)
+            matching = matching.index_fill(0, first, 0.0)
+        self.step_profile.record(t, matching.detach())
+        noise_hat = self.parameterization.epsilon(output, x_t, t, self.process)
+        loss = self.weighting(StepTerms(matching - reconstruction, prior, noise, noise_hat, self.num_steps))
+        return loss.mean() / self.num_dims, Elbo(self.num_steps * reconstruction, prior, self.num_steps * matching)
+
+    def sample(self, num: int, mean: bool = False) -> Tensor:
+        """Draws by the reverse chain from x_T ~ N(0, I), x̂_0 clamped as in the bound (Ho et al. 2020, algorithm 2)."""
+        x_t = torch.randn(num, *self.image_shape, device=self.device)
+        for step in range(self.num_steps, 1, -1):
+            t = torch.full((num,), step, device=self.device)
+            x_t = self.process.reverse(self.network(x_t, t), x_t, t, self.parameterization, self.clip).sample()
+        output = self.network(x_t, torch.ones(num, dtype=torch.int64, device=self.device))
+        params = self.parameterization.likelihood_params(output, x_t, self.process, self.clip)
+        return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
+
+    def level_kls(self, x: Tensor) -> Tensor:
+        """See :meth:`LikelihoodModule.level_kls`: (T, B); row t - 1 codes x_t, by the step from x_{t+1}."""
+        x0 = self.to_unit(x)
+        return torch.cat([self._step_kls(x0), self.process.prior_kl(x0).unsqueeze(0)])
+
+    def protocol(self) -> dict[str, Any]:
+        """See :meth:`LikelihoodModule.protocol`."""
+        calls = self.calls["test"]
+        every = calls is None or calls >= self.num_steps
+        how = "every step, one noise draw each" if every else "t = 1 and steps drawn by importance, unbiased"
+        return {"estimator": how, "network_calls_per_image": self.num_steps if every else calls, "num_steps": self.num_steps}
+
+    def on_validation_start(self) -> None:
+        """Turns the steps' KLs seen in training into the proposal that validation draws t from."""
+        self.step_profile.refresh(self.trainer.strategy)
+
+    def _log_likelihood(self, output: Tensor, x: Tensor, x_1: Tensor, clip: bool) -> Tensor:
+        params = self.parameterization.likelihood_params(output, x_1, self.process, clip)
+        return self.likelihood.log_prob(params, x)
+
+    def _reconstruction(self, x: Tensor, x0: Tensor) -> Tensor:
+        """Ln p(x_0|x_1) with one draw of x_1: (B,)."""
+        t = torch.ones(x.shape[0], dtype=torch.int64, device=x.device)
+        x_1 = self.process.marginal(x0, t).sample()
+        return self._log_likelihood(self.network(x_1, t), x, x_1, self.clip)
+
+    def _kl(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool) -> Tensor:
+        # t = 1 has no KL; a finite stand-in there keeps the gradient of the rows that are kept finite too
+        return self.process.step_kl(x0, x_t, t.clamp(min=2), output, self.parameterization, clip)
+
+    def _kl_at(self, x0: Tensor, t: Tensor) -> Tensor:
+        """One draw of KL_t for each image and step: x0 (B, C, H, W), t (B, K) in 2..T -> (B, K); one network batch."""
+        x0 = x0.repeat_interleave(t.shape[1], 0)
+        x_t = self.process.marginal(x0, t.flatten()).sample()
+        return self._kl(self.network(x_t, t.flatten()), x0, x_t, t.flatten(), self.clip).view_as(t)
+
+    def _step_kls(self, x0: Tensor) -> Tensor:
+        """KL_t for every t = 2..T: (T - 1, B)."""
+        steps = torch.arange(2, self.num_steps + 1, device=x0.device)
+        chunks = steps.split(max(1, ROWS_PER_CALL // len(x0)))
+        kls = [self._kl_at(x0, chunk.expand(len(x0), -1)) for chunk in chunks if len(chunk)]
+        return torch.cat(kls, 1).T if kls else x0.new_zeros(0, len(x0))
+
+    def _drawn_matching(self, x0: Tensor, draws: int) -> Tensor:
+        """Σ_t KL_t from ``draws`` steps an image: t ~ p_t, low-discrepancy over draws and batch, weighted 1/(draws · p_t)."""
+        uniform = stratified(len(x0), x0.device).unsqueeze(1)
+        cells = (uniform + torch.arange(draws, device=x0.device)) / draws
+        t, probability = self.step_profile.invert(cells)
+        weight = (1 / (draws * probability)).to(x0.dtype)
+        chunks = zip(
+            t.split(max(1, ROWS_PER_CALL // len(x0)), 1), weight.split(max(1, ROWS_PER_CALL // len(x0)), 1), strict=True
+        )
+        return sum((w * self._kl_at(x0, steps)).sum(1) for steps, w in chunks)

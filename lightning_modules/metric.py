@@ -1,0 +1,37 @@
+"""Means and standard errors of the ELBO's terms over a data set, on any number of ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from losses import Elbo
+
+TERMS = ("elbo", "reconstruction", "prior", "matching")
+
+
+class ElboMetric(Metric):
+    """Sums of nats, of squares and of examples, reduced over ranks and only then divided: uneven batches weigh right."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, size in (("total", len(TERMS)), ("square", len(TERMS)), ("count", 1)):
+            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, elbo: Elbo) -> None:
+        """Adds a batch of per-example terms."""
+        terms = torch.stack([elbo.value, elbo.reconstruction, elbo.prior, elbo.matching]).detach().to(self.total.dtype)
+        self.total += terms.sum(1)
+        self.square += terms.square().sum(1)
+        self.count += terms.shape[1]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns {term: mean, term_se: its standard error over examples}, nats per example."""
+        mean = self.total / self.count
+        variance = (self.square / self.count - mean.square()).clamp(min=0) * self.count / (self.count - 1).clamp(min=1)
+        error = (variance / self.count).sqrt()
+        means = dict(zip(TERMS, mean.unbind(), strict=True))
+        return means | {f"{name}_se": value for name, value in zip(TERMS, error.unbind(), strict=True)}

@@ -1,0 +1,98 @@
+r"""Markovian hierarchical VAE: p(z_T) p(x|z_1) Π_{t=2}^T p(z_{t-1}|z_t), and
+
+.. math::  ELBO(x) = E_q[\ln p(x|z_1)] - KL(q(z_T|·) ‖ N(0, I)) - Σ_{t=1}^{T-1} (KL \text{ of } z_t)
+
+The middle sum is the matching term. How its KLs are estimated depends on the posterior's factorisation: see
+:mod:`lightning_modules.posteriors`. T = 1 is the VAE, term for term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.base import LikelihoodModule, build
+from lightning_modules.posteriors import Factory, build_transitions
+from lightning_modules.vae import check_beta, check_likelihood
+from losses import DiagGaussian, Elbo, Likelihood
+
+
+class MHVAELightningModule(LikelihoodModule):
+    """T latents in a chain.
+
+    Args:
+        posterior: q(z_{1:T}|x), or its class (:class:`MarkovPosterior`, :class:`TopDownPosterior`), built here from encoder
+            and transition.
+        encoder: factory of the posterior's first network; not needed with a built posterior.
+        transition: factory (``in_dim, out_dim``) of p(z_{t-1}|z_t) and of q's steps, or the T - 1 modules of p from t = 2 up.
+        decoder: z_1 -> the likelihood's parameters, or its factory.
+        likelihood: p(x|z_1).
+        depth: T ≥ 1.
+        latent_dim: dimensions of each z_t.
+        beta: weight of all KLs in the loss. The reported bound always has 1.
+        **settings: see :class:`LikelihoodModule`.
+    """
+
+    def __init__(
+        self,
+        posterior: nn.Module | Callable[..., nn.Module],
+        decoder: nn.Module | Factory,
+        likelihood: Likelihood,
+        depth: int,
+        latent_dim: int,
+        encoder: Factory | None = None,
+        transition: Factory | Sequence[nn.Module] = (),
+        beta: float = 1.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        check_likelihood(likelihood, self.levels)
+        check_beta(beta)
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise ValueError(
+                f"model.depth={depth!r} must be an integer of at least 1: it is the number of latents (1 is a VAE)"
+            )
+        self.likelihood, self.depth, self.latent_dim, self.beta = likelihood, depth, latent_dim, beta
+        sizes = {"depth": depth, "latent_dim": latent_dim}
+        if not isinstance(posterior, nn.Module):
+            posterior = posterior(encoder=partial(encoder, image_shape=self.image_shape), transitions=transition, **sizes)
+        self.posterior = posterior
+        self.generative = build_transitions(transition, **sizes)
+        self.decoder = build(
+            decoder, image_shape=self.image_shape, latent_dim=latent_dim, params_per_channel=likelihood.params_per_channel
+        )
+
+    def elbo(self, x: Tensor) -> Elbo:
+        """Returns the bound with one draw of the chain."""
+        z_1, kls = self.posterior(self.to_unit(x), self.generative)
+        matching = torch.stack(kls[:-1]).sum(0) if self.depth > 1 else torch.zeros_like(kls[-1])
+        return Elbo(self.likelihood.log_prob(self.decoder(z_1), x), kls[-1], matching)
+
+    def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
+        """Returns -(reconstruction - β · (prior + matching)) per dimension, and the bound."""
+        elbo = self.elbo(x)
+        return (self.beta * (elbo.prior + elbo.matching) - elbo.reconstruction).mean() / self.num_dims, elbo
+
+    def sample(self, num: int, mean: bool = False) -> Tensor:
+        """See :meth:`LikelihoodModule.sample`."""
+        z = DiagGaussian.standard(torch.empty(num, self.latent_dim, device=self.device)).sample()
+        for transition in reversed(self.generative):
+            z = transition(z).sample()
+        params = self.decoder(z)
+        return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Returns the mean of p(x|z_1) for z_1 ~ q(z_1|x): uint8 (B, C, H, W)."""
+        return self.likelihood.mean(self.decoder(self.posterior(self.to_unit(x), self.generative)[0]))
+
+    def level_kls(self, x: Tensor) -> Tensor:
+        """See :meth:`LikelihoodModule.level_kls`: (T, B)."""
+        return torch.stack(self.posterior(self.to_unit(x), self.generative)[1])
+
+    def protocol(self) -> dict[str, Any]:
+        """See :meth:`LikelihoodModule.protocol`."""
+        return {"estimator": getattr(self.posterior, "estimator", "one draw of the latents for each image")}

@@ -1,0 +1,118 @@
+"""A W&B run that never asks, never waits without an account, and always ends."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from lightning.pytorch.loggers import WandbLogger
+
+MODES = ("online", "offline", "disabled", "shared")
+REACH_SECONDS = 3.0  # wandb itself would try for 100 s and then end the run
+
+
+def choose_mode(mode: str | None) -> tuple[str, str]:
+    """Returns (mode, why): the config's, else WANDB_MODE's, else online if there is a key and the server answers.
+
+    Raises:
+        ValueError: if the mode is unknown.
+    """
+    for source, asked in (("logger.mode", mode), ("WANDB_MODE", os.environ.get("WANDB_MODE"))):
+        if asked:
+            asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)
+            if asked not in MODES:
+                raise ValueError(f"{source}={asked} is unknown: choose one of {', '.join(MODES)}")
+            if asked != "online" or _has_key():
+                return asked, f"{source}={asked}"
+            return "offline", f"{source}=online, but there is no API key (wandb login)"
+    if not _has_key():
+        return "offline", "no API key"
+    if not _reachable():
+        return "offline", f"{_server().hostname} does not answer"
+    return "online", "an API key was found"
+
+
+def _server():
+    return urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(_server().hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _reachable() -> bool:
+    server = _server()
+    try:
+        address = (server.hostname, server.port or (443 if server.scheme == "https" else 80))
+        socket.create_connection(address, timeout=REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def wandb_logger(
+    save_dir: str,
+    project: str,
+    name: str,
+    group: str | None = None,
+    job_type: str = "train",
+    tags: Sequence[str] = (),
+    entity: str | None = None,
+    mode: str | None = None,
+    config: dict[str, Any] | None = None,
+    headline: Sequence[str] = ("val/bpd", "test/bpd"),
+) -> WandbLogger:
+    """Starts a W&B run and says in one line where it goes.
+
+    Args:
+        save_dir: all runs share ``save_dir/wandb``, so that one ``wandb sync`` uploads everything.
+        project: W&B project.
+        name: run name.
+        group: runs to compare.
+        job_type: train, eval or sample.
+        tags: the choices made.
+        entity: W&B user or team.
+        mode: online, offline, disabled or shared; by default see :func:`choose_mode`.
+        config: the run's resolved config, sent at the start.
+        headline: metrics whose best value is the summary.
+    """
+    import wandb
+
+    mode, why = choose_mode(mode)
+    os.makedirs(save_dir, exist_ok=True)
+    logger = WandbLogger(
+        save_dir=save_dir,
+        project=project,
+        name=name,
+        entity=entity,
+        group=group,
+        job_type=job_type,
+        tags=list(tags),
+        config=config,
+        mode=mode,
+        settings=wandb.Settings(silent=True),
+    )
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it has no effect
+    run = logger.experiment  # starts it: the config is recorded before training does anything
+    for metric in headline:
+        run.define_metric(metric, summary="min")
+    later = f"; upload later with: wandb sync {save_dir}/wandb/offline-run-*" if mode == "offline" else ""
+    print(f"W&B: {mode} ({why}){later}", flush=True)
+    return logger
+
+
+def finish_wandb(failed: bool) -> None:
+    """Ends the W&B run of this job, as failed or not; nothing happens where none was started."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=int(failed))

@@ -1,0 +1,86 @@
+"""Run directories: claiming a new one, and finding the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from runs.build import SettingError
+
+CONFIG, RESULT, LAST = "config.yaml", "result.json", "checkpoints/last.ckpt"
+
+
+def claim(directory: Path, continuing: bool) -> None:
+    """Refuses a directory that holds another run, unless that run is continued: nothing on disk is overwritten.
+
+    Raises:
+        SettingError: if a run is there.
+    """
+    if (directory / CONFIG).exists() and not continuing:
+        raise SettingError(f"hydra.run.dir={directory} already holds a run: add ckpt=last to continue it, or choose another directory")
+
+
+def find_checkpoint(ckpt: str, directory: Path, outputs: Path, suffix: str) -> Path:
+    """Returns the checkpoint that ``ckpt`` means.
+
+    Args:
+        ckpt: ``last``, a checkpoint file, or a run directory.
+        directory: this run's directory; its own last checkpoint comes first.
+        outputs: where run directories lie; with ``last``, the newest one of this model and data comes next.
+        suffix: how run directories of this model and data end.
+
+    Raises:
+        SettingError: if there is none.
+    """
+    if ckpt != "last":
+        path = Path(ckpt)
+        path = path / LAST if path.is_dir() else path
+        if not path.is_file():
+            raise SettingError(f"ckpt={ckpt} is not a checkpoint file or a run directory with {LAST}: give one, or ckpt=last")
+        return path
+    candidates = sorted(outputs.glob(f"*/*{suffix}/{LAST}"), key=lambda path: path.stat().st_mtime)
+    for path in (directory / LAST, *reversed(candidates)):
+        if path.is_file():
+            return path
+    raise SettingError(f"ckpt=last found no {LAST} in {directory} nor in {outputs}/*/*{suffix}: train first, or give a path")
+
+
+def read_checkpoint_config(path: Path) -> dict[str, Any]:
+    """Returns the config inside a checkpoint, loading nothing that could run code.
+
+    Raises:
+        SettingError: if the file is truncated, is no checkpoint of this framework, or holds pickled objects.
+    """
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint["config"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError):
+        raise SettingError(
+            f"ckpt={path} is truncated, or was not written by this framework (it holds no config or more than tensors and plain "
+            "values): give another checkpoint"
+        ) from None
+
+
+def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+    """Refuses to continue a checkpoint of another model: weights that fit by accident would train on the wrong bound.
+
+    Optimiser, learning rate and evaluation effort may change.
+
+    Raises:
+        SettingError: naming the first setting that differs.
+    """
+    free = {"optimizer", "lr_scheduler", "val_calls", "test_calls", "beta", "weighting", "timestep_sampler"}
+    for key, here in flatten({k: v for k, v in ours["model"].items() if k not in free}, "model"):
+        there = dict(flatten(theirs["model"], "model")).get(key)
+        if there != here:
+            raise SettingError(f"ckpt={path} holds another model: there {key}={there}, here {key}={here}; use that run's settings")
+
+
+def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:
+    """Returns (dotted key, value) for every leaf of nested dicts; lists count as leaves."""
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [leaf for key, child in value.items() for leaf in flatten(child, f"{prefix}.{key}")]

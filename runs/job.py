@@ -1,0 +1,198 @@
+"""One training job: compose -> seed -> data -> model -> loggers -> trainer -> fit -> test -> result.json and a table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from callbacks import EMA, RunCheckpoint
+from lightning_modules import LikelihoodModule
+from loggers import MetricsCSV, finish_wandb, wandb_logger
+from runs.build import SettingError, build_part, factory, plain
+from runs.directory import CONFIG, RESULT, claim, find_checkpoint, read_checkpoint_config, same_model
+from runs.report import result_record, table
+
+
+def run(cfg: DictConfig) -> float:
+    """Runs the job that ``cfg`` describes, in Hydra's output directory.
+
+    Returns:
+        The test figure: bits/dim, or -ELBO in nats for continuous data.
+
+    Raises:
+        SettingError: for a setting that cannot work, before training.
+    """
+    started = time.monotonic()
+    quiet_libraries()
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    config = plain(cfg)
+    checkpoint = prepare_directory(cfg, config, directory)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = load_data(cfg)
+    model: LikelihoodModule = build_part(cfg.model)
+    failed = True
+    try:
+        trainer = build_trainer(cfg, config, directory)
+        say(trainer, f"{describe(cfg, model, datamodule)}\nrun directory: {directory}")
+        fit(trainer, model, datamodule, checkpoint, directory)
+        figure = test(trainer, model, datamodule, directory, cfg, started)
+        failed = False
+        return figure
+    finally:
+        finish_wandb(failed)
+
+
+def quiet_libraries() -> None:
+    """Leaves of Lightning's lines the warnings, once each: what a run does is said here, in fewer words."""
+    lightning = logging.getLogger("lightning")
+    lightning.handlers.clear()  # Hydra's root handler prints them already
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*smaller than the logging interval.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+@rank_zero_only
+def say(trainer: Trainer, text: str) -> None:
+    """Prints once, on rank 0."""
+    print(text, flush=True)
+
+
+def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: LightningDataModule) -> str:
+    """Returns the line a run starts with: what is trained on what."""
+    choices = HydraConfig.get().runtime.choices
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"model={choices.model} ({parameters:,} parameters)  data={datamodule.describe()}  seed={cfg.seed}"
+
+
+def load_data(cfg: DictConfig) -> LightningDataModule:
+    """Builds the data module and reads the data now: what is missing is said before anything else is built."""
+    datamodule: LightningDataModule = build_part(cfg.data)
+    try:
+        if not is_child_rank():
+            datamodule.prepare_data()
+        datamodule.setup()
+    except (ValueError, OSError) as error:
+        raise SettingError(" ".join(str(error).split())) from error
+    return datamodule
+
+
+def is_child_rank() -> bool:
+    """Whether this process was launched by rank 0 of the same job."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
+def prepare_directory(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Path | None:
+    """Claims the run directory, writes config.yaml, and returns the checkpoint to continue from, if any."""
+    choices = HydraConfig.get().runtime.choices
+    checkpoint = None
+    if cfg.ckpt is not None:
+        suffix = f"-{choices.model}-{choices.data}"
+        checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
+        same_model(read_checkpoint_config(checkpoint), config, checkpoint)
+    if not is_child_rank():
+        claim(directory, continuing=checkpoint is not None and directory in checkpoint.absolute().parents)
+        OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
+    return checkpoint
+
+
+def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Trainer:
+    """Builds callbacks, loggers and the trainer; devices and precision that do not exist here are refused in one sentence."""
+    callbacks = build_callbacks(cfg, config, directory)
+    loggers = build_loggers(cfg, config, directory)
+    try:
+        return factory(cfg.trainer)(callbacks=callbacks, logger=loggers, default_root_dir=str(directory))
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise SettingError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) -> list[Callback]:
+    """Builds conf/callbacks, and the checkpoint callback unless checkpoints are off."""
+    parts = {name: part for name, part in cfg.callbacks.items() if part is not None}
+    if cfg.trainer.get("enable_progress_bar") is False:
+        parts.pop("progress", None)
+    callbacks = [build_part(part) for part in parts.values()]
+    if cfg.trainer.get("enable_checkpointing", True) and not cfg.trainer.get("fast_dev_run"):
+        kept = {name: config[name] for name in ("model", "data", "seed")}
+        callbacks.append(RunCheckpoint(dirpath=str(directory / "checkpoints"), config=kept))
+    return callbacks
+
+
+def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path) -> list[Logger]:
+    """Builds metrics.csv and the logger that conf/logger chose; on ranks above 0 none does anything."""
+    loggers: list[Logger] = [MetricsCSV(str(directory / "metrics.csv"))]
+    if cfg.logger and not is_child_rank():
+        build = factory(cfg.logger)
+        loggers.append(build(config=config) if build.func is wandb_logger else build())
+    return loggers
+
+
+def fit(trainer: Trainer, model: LikelihoodModule, datamodule: LightningDataModule, checkpoint: Path | None, directory: Path) -> None:
+    """Trains; Ctrl-C and SIGTERM leave last.ckpt and say how to go on."""
+    if checkpoint is not None:
+        say(trainer, f"continuing from {checkpoint}")
+    try:
+        trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except ValueError as error:
+        raise SettingError(" ".join(str(error).split())) from error
+    finally:
+        saver = trainer.checkpoint_callback
+        if getattr(saver, "interrupted", False):
+            say(trainer, f"\ninterrupted at step {trainer.global_step}; to go on:\n  {resume_command(directory)}")
+
+
+def resume_command(directory: Path) -> str:
+    """Returns the command that continues this job in its own directory."""
+    overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("ckpt=")]
+    return " ".join([f"python {Path(sys.argv[0]).name}", *overrides, f"hydra.run.dir={directory}", "ckpt=last"])
+
+
+def test(
+    trainer: Trainer, model: LikelihoodModule, datamodule: LightningDataModule, directory: Path, cfg: DictConfig, started: float
+) -> float:
+    """Tests the best weights, writes result.json, prints the table, and returns the figure."""
+    train_seconds, step = time.monotonic() - started, trainer.global_step
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
+    facts = {
+        "weights": "ema" if any(isinstance(callback, EMA) for callback in trainer.callbacks) else "raw",
+        "checkpoint": Path(best).name if best else None,
+        "step": step,
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "protocol": {**datamodule.protocol(), **model.protocol()},
+        "choices": {key: value for key, value in HydraConfig.get().runtime.choices.items() if not key.startswith("hydra/")},
+        "overrides": list(HydraConfig.get().overrides.task),
+        "seed": cfg.seed,
+        "devices": trainer.world_size,
+        "precision": str(trainer.precision),
+        "seconds": {"train": round(train_seconds, 2), "total": round(time.monotonic() - started, 2)},
+    }
+    record = result_record(metrics, model.num_dims, model.levels, **facts)
+    write_result(record, directory)
+    if trainer.is_global_zero:
+        Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, step {step}"))
+    return metrics["test/bpd"] if model.levels is not None else -metrics["test/elbo"]
+
+
+@rank_zero_only
+def write_result(record: dict[str, Any], directory: Path) -> None:
+    """Writes result.json at once, so that a file that is there is whole."""
+    draft = directory / f"{RESULT}.tmp"
+    draft.write_text(json.dumps(record, indent=2) + "\n")
+    draft.replace(directory / RESULT)

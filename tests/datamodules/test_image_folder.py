@@ -1,0 +1,124 @@
+"""Folders of pictures: found, resized, cropped, split, and the same from memory as from disk."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import ImageFolderDataModule, MissingDataError, UnreadablePictureError
+
+SETTINGS = {"image_size": 8, "image_shape": [3, 8, 8], "levels": 256, "batch_size": 4, "seed": 0}
+RNG = np.random.default_rng(0)
+
+
+def write(folder, num, size=(8, 8), mode="RGB"):
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (num, *size, 3) if mode == "RGB" else (num, *size)
+    images = RNG.integers(0, 256, shape, dtype=np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+    return torch.from_numpy(images).permute(0, 3, 1, 2) if mode == "RGB" else torch.from_numpy(images).unsqueeze(1)
+
+
+def build(root, **settings):
+    data = ImageFolderDataModule(root=str(root), **{**SETTINGS, **settings})
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def as_set(images):
+    return sorted(image.numpy().tobytes() for image in images)
+
+
+def test_given_splits_are_read_back_exactly(tmp_path):
+    written = {
+        split: write(tmp_path / split / "nested/deeper", num) for split, num in {"train": 9, "val": 3, "test": 2}.items()
+    }
+    data = build(tmp_path)
+    assert all(as_set(data.splits[split]) == as_set(images) for split, images in written.items())
+    assert data.describe() == "image_folder: 9/3/2 images of 3x8x8, 256 levels"
+    assert data.protocol()["folder"] == tmp_path.name
+
+
+def test_fractions_cut_one_folder_by_split_seed_only(tmp_path):
+    everything = torch.cat([write(tmp_path / name, 10) for name in ("cats", "dogs")])
+    data = build(tmp_path, val_fraction=0.2, test_fraction=0.1)
+    assert data.sizes == {"train": 14, "val": 4, "test": 2}
+    assert as_set(torch.cat(list(data.splits.values()))) == as_set(everything)
+    again, moved = build(tmp_path, val_fraction=0.2, seed=4), build(tmp_path, val_fraction=0.2, split_seed=4)
+    assert torch.equal(again.splits["val"], data.splits["val"])
+    assert as_set(moved.splits["val"]) != as_set(data.splits["val"])
+
+
+def test_val_is_cut_from_train_if_only_test_is_given(tmp_path):
+    train, test = write(tmp_path / "train", 10), write(tmp_path / "test", 5)
+    data = build(tmp_path)
+    assert data.sizes == {"train": 9, "val": 1, "test": 5}
+    assert as_set(torch.cat([data.splits["train"], data.splits["val"]])) == as_set(train)
+    assert as_set(data.splits["test"]) == as_set(test)
+
+
+def test_grey(tmp_path):
+    written = write(tmp_path, 10, mode="L")
+    data = build(tmp_path, channels=1, image_shape=[1, 8, 8])
+    assert as_set(torch.cat(list(data.splits.values()))) == as_set(written)
+
+
+def test_shorter_side_is_resized_and_the_centre_kept(tmp_path):
+    wide = np.zeros((16, 48, 3), dtype=np.uint8)
+    wide[:, 16:32] = 200
+    for i in range(5):
+        Image.fromarray(wide).save(tmp_path / f"{i}.png")
+    picture = build(tmp_path, batch_size=1).splits["train"][0]
+    assert (picture[:, :, 2:6] == 200).all()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_streaming_gives_the_batches_of_memory(tmp_path, num_workers):
+    write(tmp_path, 20)
+    memory = build(tmp_path, flip=True)
+    stream = build(tmp_path, flip=True, max_memory_gb=0, num_workers=num_workers)
+    assert stream.num_workers == num_workers
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        pairs = zip(getattr(memory, loader)(), getattr(stream, loader)(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(("max_memory_gb", "num_workers"), [(2.0, 0), (0, 0), (0, 1)])
+def test_unreadable_pictures_are_named(tmp_path, max_memory_gb, num_workers):
+    write(tmp_path / "train", 8)
+    write(tmp_path / "val", 1)
+    write(tmp_path / "test", 1)
+    bad = tmp_path / "train/bad.jpg"
+    bad.write_bytes(b"no picture")
+    with pytest.raises(UnreadablePictureError) as error:  # noqa: PT012
+        data = build(tmp_path, max_memory_gb=max_memory_gb, num_workers=num_workers, batch_size=9)
+        list(data.train_dataloader())
+    assert str(error.value).startswith(f"image_folder: {bad} cannot be read")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(MissingDataError, match=r"image_folder: .*nowhere has 0 train, 0 val, 0 test pictures") as error:
+        build(tmp_path / "nowhere")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"image_size": 0}, "data.image_size=0: "),
+        ({"channels": 4}, "data.channels=4: "),
+        ({"val_fraction": 0}, "data.val_fraction=0: "),
+        ({"test_fraction": 0.95}, "data.val_fraction=0.1: "),
+        ({"max_memory_gb": -1}, "data.max_memory_gb=-1: "),
+        ({"num_workers": -1}, "data.num_workers=-1: "),
+        ({"image_shape": [3, 64, 64]}, "data.image_shape="),
+    ],
+)
+def test_bad_settings(tmp_path, bad, message):
+    with pytest.raises(ValueError, match="data") as error:
+        ImageFolderDataModule(root=str(tmp_path), **{**SETTINGS, **bad})
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from diffusion import low_discrepancy, uniform
+from diffusion.step_profile import StepProfile
+
+CPU = torch.device("cpu")
+
+
+class OneRank:
+    def reduce(self, tensor, reduce_op):
+        return tensor
+
+
+@pytest.mark.parametrize("sampler", [uniform, low_discrepancy])
+@pytest.mark.parametrize("num_steps", [1, 7, 1000])
+def test_every_step_is_equally_likely(sampler, num_steps):
+    t = torch.cat([sampler(64, num_steps, CPU) for _ in range(500)])
+    assert t.dtype == torch.int64
+    assert t.min() >= 1
+    assert t.max() <= num_steps
+    half = (t <= num_steps // 2 + num_steps % 2).double().mean().item()
+    assert half == pytest.approx((num_steps // 2 + num_steps % 2) / num_steps, abs=0.02)
+
+
+def test_low_discrepancy_covers_the_steps():
+    assert torch.equal(low_discrepancy(100, 100, CPU).sort().values, torch.arange(1, 101))
+    counts = torch.bincount(low_discrepancy(70, 20, CPU), minlength=21)[1:]
+    assert counts.min() >= 3
+    assert counts.max() <= 4
+
+
+def test_proposal_follows_the_recorded_moments_and_inverts_unbiased():
+    profile = StepProfile(50)
+    truth = 10.0 / torch.arange(51).clamp(min=1) ** 2
+    for _ in range(20):
+        t = low_discrepancy(200, 50, CPU)
+        profile.record(t, truth[t])
+    profile.refresh(OneRank())
+    assert profile.proposal.sum().item() == pytest.approx(1)
+    assert (profile.proposal[:2] == 0).all()
+    assert (profile.proposal[2:].diff() < 0).all()
+    t, p = profile.invert(torch.rand(200_000, 1, dtype=torch.float64))
+    assert t.min() == 2
+    observed = torch.bincount(t.flatten(), minlength=51) / len(t)
+    torch.testing.assert_close(observed, profile.proposal, atol=0.005, rtol=0)
+    estimate = truth[t] / p
+    assert estimate.mean().item() == pytest.approx(truth[2:].sum().item(), abs=4 * estimate.std().item() / 200_000**0.5)
+    plain = truth[torch.randint(2, 51, (200_000,))] * 49
+    assert estimate.std() < plain.std() / 3  # what importance is for
+
+
+def test_proposal_is_uniform_before_anything_was_seen_and_survives_nans():
+    profile = StepProfile(11)
+    profile.refresh(OneRank())
+    torch.testing.assert_close(profile.proposal[2:], torch.full((10,), 0.1))
+    profile.record(torch.tensor([2, 3]), torch.tensor([float("nan"), 1.0]))
+    profile.refresh(OneRank())
+    assert profile.proposal.isfinite().all()

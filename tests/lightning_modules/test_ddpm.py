@@ -1,0 +1,201 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import diffusion
+from diffusion import Epsilon, GaussianDiffusion, Lattice, X0
+from lightning_modules import DDPMLightningModule
+from losses import DiagGaussian, Gaussian, kl
+from tests.diffusion.test_schedules import NAMES, betas_of
+from tests.linear_gaussian import elbo_terms
+
+
+class Linear(nn.Module):
+    """ε_θ(x, t) = factors[t - 1] · x."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.factors = nn.Parameter(torch.as_tensor(factors, dtype=torch.float64))
+
+    def forward(self, x, t):
+        return self.factors[t - 1].to(x.dtype).view(-1, *[1] * (x.ndim - 1)) * x
+
+
+class Tiny(nn.Module):
+    """A small network with a time: (B, C, H, W), (B,) -> (B, P·C, H, W)."""
+
+    def __init__(self, channels, outputs):
+        super().__init__()
+        self.conv, self.time = nn.Conv2d(channels, outputs * channels, 3, padding=1), nn.Embedding(2000, outputs * channels)
+
+    def forward(self, x, t):
+        return self.conv(x) + self.time(t)[:, :, None, None]
+
+
+def linear_model(betas, s2, factors=None, shape=(1, 1, 1), **settings):
+    bar = GaussianDiffusion(betas).alpha_bar[1:]
+    factors = (1 - bar).sqrt() / (bar * s2 + 1 - bar) if factors is None else factors
+    return DDPMLightningModule(
+        Linear(factors), lambda T: betas, len(betas), Epsilon(), image_shape=shape, levels=None, **settings
+    ).double()
+
+
+def exact_terms(model, s2, monkeypatch):
+    """The expected terms: every term is quadratic in (x_0, ε), so x_0 = ±s and ε = ±1 integrate it exactly."""
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    x = math.sqrt(s2) * torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).view(4, 1, 1, 1)
+
+    def signs(like):
+        return noise.repeat_interleave(len(like) // 4).view(-1, 1, 1, 1)
+
+    monkeypatch.setattr("losses.gaussian.randn_like", signs)
+    elbo = model.elbo(x)
+    return [term.mean().item() for term in (elbo.reconstruction, elbo.prior, elbo.matching, elbo.value)]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps", "s2", "reconstruction", "prior", "elbo"),
+    [
+        ("linear", 50, 0.25, 1.683457, 0.000001, -2.719203),
+        ("linear", 1000, 1.0, 3.072529, 0.000020, -1.997533),
+        ("cosine", 2, 0.25, -0.776864, 0.000062, -0.898809),
+        ("cosine", 1000, 0.25, 3.500878, 0.000000, -1.255785),
+    ],
+)
+def test_the_table_of_exact_values(name, num_steps, s2, reconstruction, prior, elbo, monkeypatch):
+    terms = exact_terms(linear_model(betas_of(name, num_steps), s2), s2, monkeypatch)
+    assert terms[0] == pytest.approx(reconstruction, abs=1e-5)
+    assert terms[1] == pytest.approx(prior, abs=1e-5)
+    assert terms[3] == pytest.approx(elbo, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 100])
+@pytest.mark.parametrize("s2", [0.25, 1.0, 2.0])
+def test_linear_gaussian_data_is_scored_exactly_with_imperfect_predictors_too(name, num_steps, s2, monkeypatch):
+    betas = betas_of(name, num_steps)
+    for factors in (None, [0.3 + 0.5 * t / num_steps for t in range(num_steps)]):
+        expected = elbo_terms(betas.tolist(), s2, factors)
+        terms = exact_terms(linear_model(betas, s2, factors), s2, monkeypatch)
+        assert terms[:3] == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+def test_the_bound_is_below_the_likelihood():
+    betas = diffusion.linear(50)
+    log_p = -0.740356
+    assert sum(elbo_terms(betas.tolist(), 0.25)[:1]) - sum(elbo_terms(betas.tolist(), 0.25)[1:]) < log_p
+
+
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(17)])
+def test_full_is_a_plain_loop_over_steps(parameterization):
+    """An independent sum: one step at a time, with the same draws."""
+    model = ddpm(parameterization, num_steps=12).double()
+    x = torch.randint(0, 17, (300, 1, 4, 4)).to(torch.uint8)  # more rows than share a call: one t a call, in order
+    torch.manual_seed(3)
+    elbo = model.elbo(x)
+    torch.manual_seed(3)
+    process, x0 = model.process, model.to_unit(x)
+    total = torch.zeros(300, dtype=torch.float64)
+    for step in range(2, 13):
+        t = torch.full((300,), step)
+        x_t = process.marginal(x0, t).sample()
+        output = model.network(x_t, t)
+        total += kl(process.posterior(x0, x_t, t), process.reverse(output, x_t, t, parameterization, clip=True))
+    torch.testing.assert_close(elbo.matching.double(), total, rtol=1e-5, atol=1e-5)
+    last = torch.full((300,), 12)
+    torch.testing.assert_close(elbo.prior, kl(process.marginal(x0, last), DiagGaussian.standard(x0)))
+
+
+def ddpm(parameterization, num_steps, channels=1, size=4, levels=17, schedule=diffusion.cosine, **settings):
+    network = Tiny(channels, parameterization.outputs_per_channel)
+    return DDPMLightningModule(
+        network, schedule, num_steps, parameterization, image_shape=(channels, size, size), levels=levels, **settings
+    )
+
+
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(17)])
+@pytest.mark.parametrize("calls", [2, 5, 29])
+def test_few_calls_and_training_draws_are_unbiased(parameterization, calls):
+    model = ddpm(parameterization, num_steps=30)
+    model.clip = False  # as the objective has it
+    x = torch.randint(0, 17, (1, 1, 4, 4)).to(torch.uint8).expand(2000, -1, -1, -1)
+    with torch.no_grad():
+        exact = torch.cat([model.elbo(x[:500]).value for _ in range(8)]).double()
+        for _ in range(20):
+            model.objective(x[:200])
+        model.step_profile.refresh(OneRank())
+        few = torch.cat([model.elbo(x, calls).value for _ in range(5)]).double()
+        drawn = torch.cat([model.objective(x)[1].value for _ in range(20)]).double()
+    for estimate in (few, drawn):
+        error = math.hypot(estimate.std() / len(estimate) ** 0.5, exact.std() / len(exact) ** 0.5)
+        assert abs(estimate.mean() - exact.mean()) < 4 * error
+
+
+class OneRank:
+    def reduce(self, tensor, reduce_op):
+        return tensor
+
+
+def test_importance_needs_fewer_calls_than_uniform_steps():
+    model = ddpm(Epsilon(), num_steps=200, schedule=diffusion.linear)
+    x = torch.randint(0, 17, (400, 1, 4, 4)).to(torch.uint8)
+    with torch.no_grad():
+        uniform = model.elbo(x, 4).matching.var()
+        for _ in range(30):
+            model.objective(x)
+        model.step_profile.refresh(OneRank())
+        assert model.elbo(x, 4).matching.var() < uniform / 5
+
+
+def test_elbo_weighting_minimises_the_bound_and_simple_the_noise_error():
+    x = torch.randint(0, 17, (64, 1, 4, 4)).to(torch.uint8)
+    loss, elbo = ddpm(X0(), num_steps=10).objective(x)
+    torch.testing.assert_close(loss, -elbo.value.mean() / 16)
+    model = ddpm(Epsilon(), num_steps=10, weighting=diffusion.simple)
+    nn.init.zeros_(model.network.conv.weight)
+    nn.init.zeros_(model.network.conv.bias)
+    nn.init.zeros_(model.network.time.weight)
+    assert model.objective(x.repeat(20, 1, 1, 1))[0].item() == pytest.approx(1, abs=0.03)  # E ε², a mean over dimensions
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(17)])
+@pytest.mark.parametrize("variance", [diffusion.small, diffusion.large])
+def test_short_chains_train_and_sample(num_steps, parameterization, variance):
+    model = ddpm(parameterization, num_steps, channels=3, variance=variance)
+    x = torch.randint(0, 17, (8, 3, 4, 4)).to(torch.uint8)
+    loss, elbo = model.objective(x)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert elbo.value.isfinite().all()
+    samples = model.sample(5)
+    assert samples.dtype == torch.uint8
+    assert samples.shape == (5, 3, 4, 4)
+    assert samples.max() <= 16
+    kls = model.level_kls(x)
+    assert kls.shape == (num_steps, 8)
+    assert (kls >= 0).all()
+
+
+def test_the_chain_samples_the_data_that_its_predictor_knows():
+    s2 = 0.25
+    model = linear_model(diffusion.cosine(200), s2)
+    samples = model.sample(20_000)
+    assert samples.var().item() == pytest.approx(s2, rel=0.05)
+    assert isinstance(model.likelihood, Gaussian)
+
+
+def test_pixels_are_scored_with_the_clamp_that_sampling_has():
+    model = ddpm(Epsilon(), num_steps=50)
+    x = torch.randint(0, 17, (32, 1, 4, 4)).to(torch.uint8)
+    clipped = model.elbo(x).value.mean()
+    model.clip = False
+    assert clipped > model.elbo(x).value.mean()
+
+
+@pytest.mark.parametrize("calls", [0, 1, -3])
+def test_too_few_calls_are_refused(calls):
+    with pytest.raises(ValueError, match="val_calls"):
+        ddpm(Epsilon(), num_steps=10, val_calls=calls)

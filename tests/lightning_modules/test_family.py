@@ -1,0 +1,261 @@
+"""One family: DDPM with T = 1 is a VAE, an MHVAE of depth 1 is a VAE, an MHVAE with DDPM's q has DDPM's bound."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import MultivariateNormal, kl_divergence
+
+import diffusion
+from diffusion import Epsilon, GaussianDiffusion, Lattice, X0
+from lightning_modules import DDPMLightningModule, MarkovPosterior, MHVAELightningModule, TopDownPosterior, VAELightningModule
+from losses import DiagGaussian, DiscretizedGaussian, DiscretizedLogistic, Gaussian
+from lightning_modules.posteriors import product
+from networks import MLPDecoder, MLPEncoder
+from tests.lightning_modules.test_ddpm import Tiny, linear_model
+from tests.linear_gaussian import elbo_terms
+
+SHAPE, LEVELS = (2, 4, 4), 17
+
+
+class Marginal(nn.Module):
+    """DDPM's q(x_t | x_0) for one t, as an encoder."""
+
+    def __init__(self, process, t):
+        super().__init__()
+        self.process, self.t = process, t
+
+    def forward(self, x):
+        return self.process.marginal(x, torch.full((len(x),), self.t))
+
+
+class Step(nn.Module):
+    """DDPM's q(x_t | x_{t-1}) for one t."""
+
+    def __init__(self, process, t):
+        super().__init__()
+        self.process, self.t = process, t
+
+    def forward(self, x):
+        return self.process.step(x, torch.full((len(x),), self.t))
+
+
+class Reverse(nn.Module):
+    """DDPM's p(x_{t-1} | x_t) for one t."""
+
+    def __init__(self, model, t):
+        super().__init__()
+        self.model, self.t = [model], t
+
+    def forward(self, x):
+        model, t = self.model[0], torch.full((len(x),), self.t)
+        return model.process.reverse(model.network(x, t), x, t, model.parameterization, model.clip)
+
+
+class FirstStep(nn.Module):
+    """DDPM's parameters of p(x_0 | x_1), as a decoder."""
+
+    def __init__(self, network, parameterization, process, clip):
+        super().__init__()
+        self.network, self.parameterization, self.process, self.clip = network, parameterization, process, clip
+
+    def forward(self, z):
+        output = self.network(z, torch.ones(len(z), dtype=torch.int64))
+        return self.parameterization.likelihood_params(output, z, self.process, self.clip)
+
+
+def terms(elbo):
+    return torch.stack([elbo.reconstruction, elbo.prior, elbo.matching])
+
+
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(LEVELS)])
+@pytest.mark.parametrize("beta", [0.2, 0.7])
+def test_ddpm_of_one_step_is_the_vae_with_that_encoder(parameterization, beta):
+    network = Tiny(2, parameterization.outputs_per_channel)
+    ddpm = DDPMLightningModule(
+        network, lambda T: diffusion.constant(T, beta), 1, parameterization, image_shape=SHAPE, levels=LEVELS
+    )
+    ddpm.clip = False  # the objective never clamps; here the bound must not either, to be the same function
+    vae = VAELightningModule(
+        Marginal(ddpm.process, 1),
+        FirstStep(network, parameterization, ddpm.process, clip=False),
+        parameterization.likelihood(LEVELS),
+        latent_dim=32,
+        image_shape=SHAPE,
+        levels=LEVELS,
+    )
+    x = torch.randint(0, LEVELS, (16, *SHAPE)).to(torch.uint8)
+    results = []
+    for model in (ddpm, vae):
+        torch.manual_seed(5)
+        elbo = model.elbo(x)
+        torch.manual_seed(5)
+        loss, drawn = model.objective(x)
+        gradients = torch.autograd.grad(loss, [*network.conv.parameters(), network.time.weight])
+        results.append([terms(elbo), terms(drawn), loss, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def vae_parts(depth):
+    torch.manual_seed(1)
+    sizes = {"hidden_dim": 32, "num_blocks": 1, "dropout": 0.0}
+    encoder = MLPEncoder(SHAPE, latent_dim=4 * depth, **sizes)
+    decoder = MLPDecoder(SHAPE, latent_dim=4, params_per_channel=2, **sizes)
+    return encoder, decoder
+
+
+@pytest.mark.parametrize("posterior", [MarkovPosterior, TopDownPosterior])
+def test_mhvae_of_depth_1_is_the_vae(posterior):
+    encoder, decoder = vae_parts(1)
+    common = {"image_shape": SHAPE, "levels": LEVELS, "likelihood": DiscretizedLogistic(LEVELS), "latent_dim": 4, "beta": 0.7}
+    vae = VAELightningModule(encoder, decoder, **common)
+    mhvae = MHVAELightningModule(posterior(encoder, [], depth=1, latent_dim=4), decoder, depth=1, **common)
+    x = torch.randint(0, LEVELS, (16, *SHAPE)).to(torch.uint8)
+    results = []
+    for model in (vae, mhvae):
+        torch.manual_seed(2)
+        loss, elbo = model.objective(x)
+        results.append([loss, terms(elbo), *torch.autograd.grad(loss, [*encoder.parameters(), *decoder.parameters()])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [2, 4])
+def test_mhvae_with_ddpms_q_has_ddpms_mean_bound(num_steps):
+    """The three-variable form by log ratios against the two-variable form, and both against the closed form."""
+    s2, num = 0.25, 200_000
+    betas = diffusion.cosine(num_steps)
+    ddpm = linear_model(betas, s2, factors=[0.6] * num_steps)
+    process = ddpm.process
+    transitions = [Step(process, t) for t in range(2, num_steps + 1)]
+    mhvae = MHVAELightningModule(
+        MarkovPosterior(Marginal(process, 1), transitions, depth=num_steps, latent_dim=1),
+        FirstStep(ddpm.network, ddpm.parameterization, process, clip=False),
+        Gaussian(),
+        depth=num_steps,
+        latent_dim=1,
+        transition=[Reverse(ddpm, t) for t in range(2, num_steps + 1)],
+        image_shape=(1, 1, 1),
+        levels=None,
+    )
+    x = math.sqrt(s2) * torch.randn(num, 1, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        one, other = mhvae.elbo(x).value, ddpm.elbo(x).value
+    reconstruction, prior, matching = elbo_terms(betas.tolist(), s2, [0.6] * num_steps)
+    for estimate in (one, other):
+        assert abs(estimate.mean() - (reconstruction - prior - matching)) < 4 * estimate.std() / num**0.5
+
+
+@pytest.mark.parametrize("posterior", [MarkovPosterior, TopDownPosterior])
+@pytest.mark.parametrize("depth", [2, 3])
+def test_hierarchies_have_the_bound_that_multivariate_gaussians_give(posterior, depth):
+    """A linear-Gaussian hierarchy: the bound is ln p(x) - KL(q(z|x) ‖ p(z|x)), all of it known."""
+
+    class Affine(nn.Module):
+        def __init__(self, slope, log_std, copies=1):
+            super().__init__()
+            self.slope, self.log_std, self.copies = slope, log_std, copies
+
+        def forward(self, z):
+            mean = (self.slope * z.flatten(1)).repeat(1, self.copies)
+            return DiagGaussian(mean, torch.full_like(mean, self.log_std))
+
+    class Decoder(nn.Module):
+        def forward(self, z):
+            return torch.cat([0.8 * z, torch.full_like(z, -0.5)], 1).view(-1, 2, 1, 1)
+
+    markov = posterior is MarkovPosterior
+    encoder = Affine(0.5, -0.3, 1 if markov else depth)
+    model = MHVAELightningModule(
+        posterior(encoder, [Affine(0.7, -0.2) for _ in range(depth - 1)], depth=depth, latent_dim=1),
+        Decoder(),
+        Gaussian(),
+        depth=depth,
+        latent_dim=1,
+        transition=[Affine(0.9, -0.4) for _ in range(depth - 1)],
+        image_shape=(1, 1, 1),
+        levels=None,
+    )
+    x = torch.full((200_000, 1, 1, 1), 0.7, dtype=torch.float64)
+    value = model.elbo(x).value
+    expected = hierarchy_elbo(0.7, depth, markov)
+    assert abs(value.mean().item() - expected) < 4 * value.std().item() / len(x) ** 0.5
+
+
+def hierarchy_elbo(x, depth, markov):
+    """ln p(x) - KL(q(z|x) ‖ p(z|x)) by multivariate Gaussians alone; z = (z_1, ..., z_T)."""
+
+    def joint(order, rows):
+        """Mean and covariance of variables drawn in ``order`` as offset + Σ weight · earlier + std · ε."""
+        weights, offset, variance = torch.zeros(depth, depth).double(), torch.zeros(depth).double(), torch.zeros(depth).double()
+        for index, (parent, weight, constant, std) in zip(order, rows, strict=True):
+            offset[index], variance[index] = constant, std**2
+            if parent is not None:
+                weights[index, parent] = weight
+        inverse = torch.linalg.inv(torch.eye(depth).double() - weights)
+        return inverse @ offset, inverse @ torch.diag(variance) @ inverse.T
+
+    top = depth - 1
+    down = list(range(top, -1, -1))
+    mean, cov = joint(down, [(None, 0, 0.0, 1.0), *[(t + 1, 0.9, 0.0, math.exp(-0.4)) for t in down[1:]]])
+    readout = torch.zeros(depth).double()
+    readout[0] = 0.8
+    variance = (readout @ cov @ readout + math.exp(-1.0)).item()
+    gain = cov @ readout / variance
+    true = MultivariateNormal(gain * x, cov - torch.outer(gain, gain) * variance)
+    if markov:
+        rows = [(None, 0, 0.5 * x, math.exp(-0.3)), *[(t - 1, 0.7, 0.0, math.exp(-0.2)) for t in range(1, depth)]]
+        q = joint(range(depth), rows)
+    else:
+        evidence, prior = math.exp(0.6), math.exp(0.8)  # precisions
+        total = evidence + prior
+        step = (0.9 * prior / total, 0.5 * x * evidence / total, total**-0.5)
+        q = joint(down, [(None, 0, 0.5 * x, math.exp(-0.3)), *[(t + 1, *step) for t in down[1:]]])
+    log_p = -0.5 * math.log(2 * math.pi * variance) - 0.5 * x * x / variance
+    return log_p - kl_divergence(MultivariateNormal(*q), true).item()
+
+
+def test_top_down_steps_are_products_of_gaussians():
+    a, b = (DiagGaussian(torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)) for _ in range(2))
+    one, other = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    q = product(a, b)
+    # ln a + ln b - ln q does not depend on where it is taken
+    torch.testing.assert_close(
+        a.log_prob(one) + b.log_prob(one) - q.log_prob(one), a.log_prob(other) + b.log_prob(other) - q.log_prob(other)
+    )
+    far = product(DiagGaussian(torch.ones(1, 1), torch.tensor(-40.0)), DiagGaussian(torch.zeros(1, 1), torch.tensor(40.0)))
+    assert far.mean.item() == 1
+    assert far.log_std.item() == pytest.approx(-40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"beta": -1.0}, "model.beta=-1.0"), ({"likelihood": DiscretizedGaussian(256)}, "256 levels"), ({"levels": None}, "continuous")],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    encoder, decoder = vae_parts(1)
+    given = {"image_shape": SHAPE, "levels": LEVELS, "likelihood": DiscretizedGaussian(LEVELS), "latent_dim": 4} | settings
+    with pytest.raises(ValueError, match=message) as error:
+        VAELightningModule(encoder, decoder, **given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("depth", [0, -1, 1.5])
+def test_impossible_depths_are_refused(depth):
+    encoder, decoder = vae_parts(1)
+    with pytest.raises(ValueError, match="model.depth"):
+        MHVAELightningModule(
+            TopDownPosterior(encoder, [], 1, 4), decoder, DiscretizedLogistic(17), depth, 4, image_shape=SHAPE, levels=17
+        )
+
+
+def test_the_gradient_vanishes_at_the_predictor_that_theory_names():
+    s2, num = 0.5, 400_000
+    x = math.sqrt(s2) * torch.randn(num, 1, 1, 1, dtype=torch.float64)
+    gradients = {}
+    for name, factors in {"optimal": None, "poor": [0.1] * 4}.items():
+        model = linear_model(diffusion.cosine(4), s2, factors)
+        (gradients[name],) = torch.autograd.grad(-model.elbo(x).value.mean(), model.network.factors)
+    assert (gradients["optimal"].abs() < gradients["poor"].abs() / 50).all()

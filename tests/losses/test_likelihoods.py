@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from losses import Bernoulli, Categorical, DiscretizedGaussian, DiscretizedLogistic, Gaussian, from_unit, to_unit
+
+DISCRETIZED = {DiscretizedGaussian: stats.norm, DiscretizedLogistic: stats.logistic}
+
+
+def all_levels(levels, params):
+    """Pairs every parameter row with every level: (N, P) -> params (N·L, P, 1, 1), x (N·L, 1, 1, 1)."""
+    x = torch.arange(levels).to(torch.uint8).repeat(len(params)).view(-1, 1, 1, 1)
+    return params.repeat_interleave(levels, 0).view(len(x), -1, 1, 1).requires_grad_(), x
+
+
+@pytest.mark.parametrize("levels", [2, 3, 17, 256])
+@pytest.mark.parametrize("likelihood", DISCRETIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probabilities_sum_to_one_with_finite_gradients(likelihood, levels, dtype):
+    grid = torch.cartesian_prod(torch.linspace(-5, 5, 41, dtype=dtype), torch.linspace(-7, 3, 41, dtype=dtype))
+    params, x = all_levels(levels, grid)
+    log_prob = likelihood(levels).log_prob(params, x)
+    total = log_prob.double().exp().view(len(grid), levels).sum(1)
+    assert (total - 1).abs().max() < 1e-6
+    (gradient,) = torch.autograd.grad(log_prob.sum(), params)
+    assert log_prob.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("likelihood", DISCRETIZED)
+@pytest.mark.parametrize("levels", [17, 256])
+def test_probabilities_are_cdf_differences(likelihood, levels):
+    grid = torch.cartesian_prod(torch.linspace(-1.5, 1.5, 13), torch.linspace(-4, 1, 11)).double()
+    params, x = all_levels(levels, grid)
+    mine = likelihood(levels).log_prob(params, x).exp().view(len(grid), levels)
+    edges = (torch.arange(levels + 1) - 0.5).mul(2 / (levels - 1)).sub(1).numpy()
+    edges[0], edges[-1] = -math.inf, math.inf
+    for row, (mean, log_scale) in zip(mine, grid.tolist(), strict=True):
+        cdf = torch.from_numpy(DISCRETIZED[likelihood].cdf(edges, mean, math.exp(log_scale)))
+        torch.testing.assert_close(row.detach(), cdf.diff(), atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_knowing_nothing_scores_log2_levels(levels):
+    x = torch.randint(0, levels, (5, 3, 4, 4)).to(torch.uint8)
+    bits = -Categorical(levels).log_prob(torch.zeros(5, levels * 3, 4, 4), x) / (48 * math.log(2))
+    torch.testing.assert_close(bits, torch.full((5,), math.log2(levels)))
+
+
+def test_bernoulli_equals_torch_and_categorical_equals_softmax():
+    logits, x = torch.randn(6, 2, 3, 3), torch.randint(0, 2, (6, 2, 3, 3)).to(torch.uint8)
+    expected = torch.distributions.Bernoulli(logits=logits).log_prob(x.float()).flatten(1).sum(1)
+    torch.testing.assert_close(Bernoulli().log_prob(logits, x), expected)
+    logits = torch.randn(6, 5 * 2, 3, 3)  # parameter-major: (level, channel)
+    expected = torch.distributions.Categorical(logits=logits.unflatten(1, (5, 2)).movedim(1, -1)).log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(Categorical(5).log_prob(logits, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "params"),
+    [
+        (Bernoulli(), torch.tensor([0.4])),
+        (Categorical(5), torch.tensor([0.1, -1.0, 2.0, 0.5, 0.0])),
+        (DiscretizedGaussian(17), torch.tensor([0.7, -1.2])),
+        (DiscretizedLogistic(17), torch.tensor([-0.9, -1.5])),
+    ],
+)
+def test_samples_follow_the_probabilities(likelihood, params):
+    num = 40_000
+    samples = likelihood.sample(params.view(1, -1, 1, 1).expand(num, -1, 1, 1)).flatten()
+    assert samples.dtype == torch.uint8
+    pairs, x = all_levels(likelihood.levels, params[None])
+    expected = likelihood.log_prob(pairs, x).exp().detach()
+    observed = torch.bincount(samples.long(), minlength=likelihood.levels) / num
+    assert ((observed - expected).abs() < 5 * (expected * (1 - expected) / num).sqrt() + 1e-6).all()
+
+
+def test_means():
+    assert Categorical(5).mean(torch.tensor([0.0, 0, 50, 0, 0]).view(1, 5, 1, 1)).item() == 2
+    assert DiscretizedLogistic(17).mean(torch.tensor([1.3, 0]).view(1, 2, 1, 1)).item() == 16
+    assert Bernoulli().mean(torch.tensor([-0.1, 0.1]).view(2, 1, 1, 1)).flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_units_are_inverse_and_end_at_one(levels):
+    x = torch.arange(levels).to(torch.uint8)
+    unit = to_unit(x, levels)
+    assert unit[0] == -1
+    assert unit[-1] == 1
+    assert torch.equal(from_unit(unit, levels), x)
+    assert from_unit(torch.tensor([-9.0, 9.0]), levels).tolist() == [0, levels - 1]
+
+
+def test_bfloat16_parameters_are_scored_in_float32():
+    params, x = torch.randn(4, 2, 8, 8).bfloat16(), torch.randint(0, 17, (4, 1, 8, 8)).to(torch.uint8)
+    for likelihood in (DiscretizedGaussian(17), DiscretizedLogistic(17)):
+        torch.testing.assert_close(likelihood.log_prob(params, x), likelihood.log_prob(params.float(), x))
+
+
+@pytest.mark.parametrize("levels", [17, 256, 1])
+def test_bernoulli_refuses_grey_levels(levels):
+    with pytest.raises(ValueError, match="2 levels"):
+        Bernoulli(levels)
+
+
+@pytest.mark.parametrize("levels", [1, 257, 2.0, None])
+def test_other_levels_are_refused(levels):
+    with pytest.raises(ValueError, match="from 2 to 256"):
+        DiscretizedLogistic(levels)
+
+
+def test_a_density_refuses_levels_and_equals_the_normal():
+    with pytest.raises(ValueError, match="density"):
+        Gaussian(17)
+    mean, log_std, x = torch.randn(3, 2, 1, 1), torch.randn(3, 2, 1, 1), torch.randn(3, 2, 1, 1)
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(Gaussian().log_prob(torch.cat([mean, log_std], 1), x), expected)

@@ -1,0 +1,31 @@
+"""Trains one model and tests it: ``python train.py model=ddpm data=cifar10 trainer.devices=4``; see ``--help``."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+# torch and lightning take seconds to import: they are imported inside, so that --help and --cfg answer at once
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Runs one job; returns the test bits/dim (nats for continuous data), which sweepers minimise."""
+    import sys
+
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from runs.build import SettingError
+    from runs.job import run
+
+    try:
+        return run(cfg)
+    except SettingError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
