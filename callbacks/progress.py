@@ -42,7 +42,10 @@ class LineProgress(ProgressBar):
         value = trainer.callback_metrics.get(name)
         bound = f"   {name} {value:.3f}" if value is not None else ""
         total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        print(f"epoch {trainer.current_epoch + 1}{total}   step {trainer.global_step}{bound}   {now - self.start:.0f} s", flush=True)
+        print(
+            f"epoch {trainer.current_epoch + 1}{total}   step {trainer.global_step}{bound}   {now - self.start:.0f} s",
+            flush=True,
+        )
 
 
 def progress_bar(refresh_rate: int = 10) -> ProgressBar:

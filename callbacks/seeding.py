@@ -68,5 +68,3 @@ class SeededBatches(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Draws outside of a batch are nobody's rows."""
         set_rows(None)
-
-

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.base import ImageDataModule, shuffled
+from datamodules.base import ImageDataModule
 
 
 class DigitsDataModule(ImageDataModule):
-    """Optical recognition of handwritten digits (Alpaydin and Kaynak 1998), split into 1437, 180 and 180 images.
+    """Optical recognition of handwritten digits (Alpaydin and Kaynak 1998), split into 1437, 180 and 180 images, each with
+    its share of every class.
 
     Args:
         shared: the settings of :class:`ImageDataModule`.
@@ -24,8 +25,13 @@ class DigitsDataModule(ImageDataModule):
 
     def load(self) -> dict[str, Tensor]:
         """Reads the splits, each uint8 (n, 1, 8, 8)."""
-        from sklearn.datasets import load_digits  # here, because scikit-learn is slow to import and no other data set needs it
+        # here, because scikit-learn is slow to import and no other data set needs it
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
-        images = torch.from_numpy(load_digits().images).to(torch.uint8).unsqueeze(1)
-        parts = images[shuffled(len(images), self.split_seed)].split([1437, 180, 180])
-        return dict(zip(("train", "val", "test"), parts, strict=True))
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
+        fixed = {"random_state": self.split_seed}
+        train, held_out = train_test_split(range(len(images)), test_size=360, stratify=digits.target, **fixed)
+        val, test = train_test_split(held_out, test_size=180, stratify=digits.target[held_out], **fixed)
+        return {name: images[torch.tensor(part)] for name, part in (("train", train), ("val", val), ("test", test))}

@@ -1,4 +1,4 @@
-r"""DDPM: an MHVAE whose q is fixed and linear-Gaussian. In the two-variable form (Ho et al. 2020, eq. 5)
+r"""DDPM: an MHVAE whose q is fixed and linear-Gaussian. In the two-variable form (Ho et al. 2020, eq. 5).
 
 .. math::
     ELBO(x_0) = E[\ln p_θ(x_0|x_1)] - KL(q(x_T|x_0) ‖ N(0, I)) - Σ_{t=2}^T E[KL(q(x_{t-1}|x_t,x_0) ‖ p_θ(x_{t-1}|x_t))],

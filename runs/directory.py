@@ -18,7 +18,9 @@ def claim(directory: Path, continuing: bool) -> None:
         SettingError: if a run is there.
     """
     if (directory / CONFIG).exists() and not continuing:
-        raise SettingError(f"hydra.run.dir={directory} already holds a run: add ckpt=last to continue it, or choose another directory")
+        raise SettingError(
+            f"hydra.run.dir={directory} already holds a run: add ckpt=last to continue it, or choose another directory"
+        )
 
 
 def find_checkpoint(ckpt: str, directory: Path, outputs: Path, suffix: str) -> Path:
@@ -76,7 +78,9 @@ def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None
     for key, here in flatten({k: v for k, v in ours["model"].items() if k not in free}, "model"):
         there = dict(flatten(theirs["model"], "model")).get(key)
         if there != here:
-            raise SettingError(f"ckpt={path} holds another model: there {key}={there}, here {key}={here}; use that run's settings")
+            raise SettingError(
+                f"ckpt={path} holds another model: there {key}={there}, here {key}={here}; use that run's settings"
+            )
 
 
 def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:

@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -64,7 +63,12 @@ def quiet_libraries() -> None:
     lightning.handlers.clear()  # Hydra's root handler prints them already
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*smaller than the logging interval.*", ".*exists and is not empty.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+    ):
         warnings.filterwarnings("ignore", message)
 
 
@@ -143,7 +147,9 @@ def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path) -> l
     return loggers
 
 
-def fit(trainer: Trainer, model: LikelihoodModule, datamodule: LightningDataModule, checkpoint: Path | None, directory: Path) -> None:
+def fit(
+    trainer: Trainer, model: LikelihoodModule, datamodule: LightningDataModule, checkpoint: Path | None, directory: Path
+) -> None:
     """Trains; Ctrl-C and SIGTERM leave last.ckpt and say how to go on."""
     if checkpoint is not None:
         say(trainer, f"continuing from {checkpoint}")

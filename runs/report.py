@@ -37,7 +37,9 @@ def costs(metrics: dict[str, float], num_dims: int, levels: int | None) -> dict[
 def table(metrics: dict[str, float], num_dims: int, levels: int | None, title: str) -> Table:
     """Returns the table of the four terms, in nats and, for data with levels, in bits/dim, each with its standard error."""
     unit = "nats per image" if levels is not None else "nats (log-density)"
-    table = Table(title=title, title_justify="left", caption="± one standard error over the test images", caption_justify="left")
+    table = Table(
+        title=title, title_justify="left", caption="± one standard error over the test images", caption_justify="left"
+    )
     table.add_column("term of −ELBO")
     table.add_column(unit, justify="right")
     if levels is not None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py has it
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
 import diffusion
-from diffusion import Epsilon, GaussianDiffusion, Lattice, X0, large, small
+from diffusion import X0, Epsilon, GaussianDiffusion, Lattice, large, small
 from losses import Categorical, DiagGaussian, DiscretizedGaussian, Gaussian, kl, to_unit
 from tests.diffusion.test_schedules import NAMES, betas_of
 
@@ -142,7 +142,7 @@ def test_lattice_is_bayes_rule_over_the_levels(name, levels):
 
 def test_lattice_keeps_its_digits_in_float32():
     process = GaussianDiffusion(diffusion.linear(1000))  # SNR_1 = 1e4
-    x0, t, _, x_t = draw(process, first=1)
+    _x0, t, _, x_t = draw(process, first=1)
     output = torch.randn(6, 256, 4, 4, dtype=torch.float64)
     exact = Lattice(256).x0(output, x_t, t, process)
     torch.testing.assert_close(Lattice(256).x0(output.float(), x_t.float(), t, process).double(), exact, rtol=0, atol=1e-4)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import diffusion
-from diffusion import Epsilon, GaussianDiffusion, Lattice, X0
+from diffusion import X0, Epsilon, GaussianDiffusion, Lattice
 from lightning_modules import DDPMLightningModule
 from losses import DiagGaussian, Gaussian, kl
 from tests.diffusion.test_schedules import NAMES, betas_of

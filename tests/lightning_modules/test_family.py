@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import diffusion
-from diffusion import Epsilon, GaussianDiffusion, Lattice, X0
+from diffusion import X0, Epsilon, Lattice
 from lightning_modules import DDPMLightningModule, MarkovPosterior, MHVAELightningModule, TopDownPosterior, VAELightningModule
-from losses import DiagGaussian, DiscretizedGaussian, DiscretizedLogistic, Gaussian
 from lightning_modules.posteriors import product
+from losses import DiagGaussian, DiscretizedGaussian, DiscretizedLogistic, Gaussian
 from networks import MLPDecoder, MLPEncoder
 from tests.lightning_modules.test_ddpm import Tiny, linear_model
 from tests.linear_gaussian import elbo_terms
@@ -199,7 +199,7 @@ def hierarchy_elbo(x, depth, markov):
 
     top = depth - 1
     down = list(range(top, -1, -1))
-    mean, cov = joint(down, [(None, 0, 0.0, 1.0), *[(t + 1, 0.9, 0.0, math.exp(-0.4)) for t in down[1:]]])
+    _mean, cov = joint(down, [(None, 0, 0.0, 1.0), *[(t + 1, 0.9, 0.0, math.exp(-0.4)) for t in down[1:]]])
     readout = torch.zeros(depth).double()
     readout[0] = 0.8
     variance = (readout @ cov @ readout + math.exp(-1.0)).item()
@@ -232,7 +232,11 @@ def test_top_down_steps_are_products_of_gaussians():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"beta": -1.0}, "model.beta=-1.0"), ({"likelihood": DiscretizedGaussian(256)}, "256 levels"), ({"levels": None}, "continuous")],
+    [
+        ({"beta": -1.0}, "model.beta=-1.0"),
+        ({"likelihood": DiscretizedGaussian(256)}, "256 levels"),
+        ({"levels": None}, "continuous"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
     encoder, decoder = vae_parts(1)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def test_ranks_together_draw_what_one_device_draws(bounds, repeats):
 
     whole = draw(10)
     parts = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         with rows_of_global_batch(Rows(start, stop, 10)):
             parts.append(draw(stop - start))
     for one, many in zip(whole, zip(*parts, strict=True), strict=True):

@@ -1,0 +1,86 @@
+"""Every choice of every group composes and builds; nothing in conf/ is read by nobody."""
+
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from tests.jobs import ROOT, configure
+
+CONF = ROOT / "conf"
+OWNER = {  # the model that a nested group belongs to, and what else its choices need
+    "schedule": ["model=ddpm"],
+    "network": ["model=ddpm"],
+    "parameterization": ["model=ddpm"],
+    "variance": ["model=ddpm"],
+    "weighting": ["model=ddpm"],
+    "timestep_sampler": ["model=ddpm"],
+    "posterior": ["model=mhvae"],
+    "transition": ["model=mhvae"],
+}
+NEEDS = {
+    "model/likelihood=bernoulli": ["data=mnist", "data/binarization=static"],
+    "model/likelihood=gaussian": ["data=gaussian"],
+    "model/network=unet_cifar10": ["data=cifar10"],
+    "model/network=unet_28x28": ["data=mnist"],
+    "model/parameterization=lattice": ["data=digits"],
+    "data/binarization=static": ["data=mnist"],
+    "data/binarization=dynamic": ["data=mnist"],
+    "data/binarization=none": ["data=mnist"],
+}
+
+
+def choices():
+    for path in sorted(CONF.rglob("*.yaml")):
+        group = path.parent.relative_to(CONF).as_posix()
+        if group not in (".", "experiment") and not group.startswith("recipe"):
+            yield f"{group}={path.stem}"
+
+
+def overrides_for(choice):
+    nested = choice.split("=")[0].split("/")[-1]
+    before = OWNER.get(nested, ["model=vae"]) if choice.startswith("model/") else []
+    return [*before, *NEEDS.get(choice, []), choice]
+
+
+@pytest.mark.parametrize("choice", list(choices()))
+def test_every_choice_builds_its_model_and_data(choice, tmp_path):
+    if choice == "logger=tensorboard":
+        pytest.importorskip("tensorboard")
+    cfg = configure(tmp_path, *overrides_for(choice))
+    instantiate(cfg.data, _convert_="all")
+    instantiate(cfg.model, _convert_="all")
+    for part in cfg.callbacks.values():
+        instantiate(part, _convert_="all")
+    instantiate(cfg.trainer, _convert_="all", accelerator="cpu", logger=False)
+
+
+@pytest.mark.parametrize("model", ["vae", "mhvae", "ddpm"])
+@pytest.mark.parametrize("data", sorted(path.stem for path in (CONF / "data").glob("*.yaml")))
+def test_every_model_builds_for_every_data_set(model, data, tmp_path):
+    extra = ["model/likelihood=gaussian"] if data == "gaussian" and model != "ddpm" else []
+    cfg = configure(tmp_path, f"model={model}", f"data={data}", *extra)
+    module = instantiate(cfg.model, _convert_="all")
+    assert list(module.image_shape) == list(cfg.data.image_shape)
+    assert module.levels == cfg.data.levels
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_compose_and_begin_with_their_command(path, tmp_path):
+    assert path.read_text().splitlines()[0].startswith("# python train.py experiment=")
+    instantiate(configure(tmp_path, f"experiment={path.stem}").model, _convert_="all")
+
+
+def test_the_command_of_the_mission_composes(tmp_path):
+    cfg = configure(tmp_path, "model=ddpm", "data=cifar10", "trainer.devices=4")
+    assert cfg.trainer.devices == 4
+    parameters = sum(p.numel() for p in instantiate(cfg.model, _convert_="all").network.parameters())
+    assert parameters == 35_746_307
+
+
+def test_yaml_is_small_and_loads():
+    for path in CONF.rglob("*.yaml"):
+        assert isinstance(OmegaConf.to_container(OmegaConf.load(path)) or {}, dict), path
+        assert path.name.islower()
+    assert Path(CONF / "train.yaml").exists()

@@ -1,0 +1,227 @@
+"""Whole jobs on real digits: what they leave, what they refuse, how they stop and go on."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from runs.build import SettingError
+from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, result, run_here
+
+MODELS = {"vae": ("model=vae",), "mhvae": ("model=mhvae",), "ddpm": SMALL_DDPM}
+TERMS = ("bpd", "elbo", "reconstruction", "prior", "matching")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_leaves_everything_and_the_same_names_for_every_model(model, tmp_path):
+    figure = run_here(tmp_path, *MODELS[model], "logger.mode=offline", "callbacks.pictures.every_n_epochs=1")
+    run = tmp_path / "run"
+    record = result(run)
+    metrics = record["metrics"]
+    assert figure == metrics["test/bpd"]
+    value = metrics["test/reconstruction"] - metrics["test/prior"] - metrics["test/matching"]
+    assert value == pytest.approx(metrics["test/elbo"], rel=1e-5)
+    assert metrics["test/bpd"] == pytest.approx(-metrics["test/elbo"] / (64 * math.log(2)), rel=1e-5)
+    assert 1.5 < metrics["test/bpd"] < 10
+    assert 0 < metrics["test/bpd_se"] < 1
+    assert sum(record["costs"][term]["bits_per_dim"] for term in ("reconstruction", "prior", "matching")) == pytest.approx(
+        record["costs"]["elbo"]["bits_per_dim"], rel=1e-5
+    )
+    assert record["weights"] == "ema"
+    assert record["protocol"]["levels"] == 17
+    assert record["protocol"]["estimator"]
+    assert record["versions"]["torch"] == torch.__version__
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {f"{stage}/{term}" for stage in ("train", "val", "test") for term in TERMS} | {"train/loss"} <= set(rows[0])
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["image_shape"] == [1, 8, 8]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    pictures = {path.relative_to(run).as_posix() for path in run.rglob("*.png")}
+    expected = {"samples/final.png", "samples/step_0000011.png", "samples/step_0000022.png", "plots/kl_per_level.png"}
+    assert pictures == expected | ({"plots/reconstructions.png"} if model != "ddpm" else set())
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys):
+    figure = run_here(
+        tmp_path, "model=ddpm", "data=gaussian", "logger=csv", "model.num_steps=2", "trainer.max_epochs=8", "data.std=0.5"
+    )
+    record = result(tmp_path / "run")
+    assert figure == -record["metrics"]["test/elbo"]
+    assert not [name for name in record["metrics"] if "bpd" in name]
+    assert "bits" not in json.dumps(record["costs"])
+    printed = capsys.readouterr().out
+    assert "log-density" in printed
+    assert "bits/dim" not in printed
+    # no bound exceeds what the density itself would score
+    entropy = record["protocol"]["image_shape"][1] ** 2 * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.5))
+    assert figure > entropy - 4 * record["metrics"]["test/elbo_se"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.num_steps=0"], "num_steps"),
+        (["model.num_steps=2.5"], "num_steps"),
+        (["model/schedule=constant", "model.schedule.beta=1"], "schedule=constant"),
+        (["model/schedule=linear", "model.num_steps=10"], "rescale=false"),
+        (["model/network=unet_28x28", "model.network.attention_resolutions=[]"], "8"),
+        (["model=vae", "model/likelihood=bernoulli"], "2 levels"),
+        (["model=vae", "model/likelihood=gaussian"], "density"),
+        (["model=vae", "data=gaussian"], "continuous"),
+        (["data=gaussian", "model/parameterization=lattice"], "continuous"),
+        (["data.batch_size=0"], "data.batch_size=0"),
+        (["data.batch_size=5000"], "data.batch_size=5000"),
+        (["model.val_calls=1"], "val_calls"),
+        (["model=mhvae", "model.depth=0"], "model.depth"),
+        (["model=vae", "model.beta=-1"], "model.beta"),
+        (["model=vae", "model.encoder.dropout=1.5"], "dropout"),
+        (["callbacks.ema.decay=1"], "ema.decay"),
+        (["callbacks.pictures.num=0"], "pictures.num"),
+        (["logger.mode=offlin"], "offlin"),
+        (["trainer.precision=half"], "precision"),
+        (["trainer.precision=bf16-true"], "bf16-mixed"),
+        (["trainer.accelerator=tpu"], "trainer"),
+        (["trainer.max_epochs=-1"], "trainer.max_epochs"),
+        (["data.levels=256"], "data.levels"),
+        (["data=cifar10", "data.download=false"], "cifar-10-batches-py"),
+        (["ckpt=last"], "ckpt=last"),
+        (["ckpt=nowhere.ckpt"], "nowhere.ckpt"),
+        (["seed=-1"], "seed"),
+        (["model.optimizer.lr=-1"], "lr"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_sentence_before_training(overrides, sentence, tmp_path):
+    with pytest.raises(SettingError) as error:
+        run_here(tmp_path, f"paths.data_dir={tmp_path}/data", "logger.mode=disabled", *overrides)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_resuming_continues_the_count_and_gives_what_an_uninterrupted_run_gives(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = ("model=vae", "logger=csv", "model/lr_scheduler=constant")
+    run_here(whole, *common, "trainer.max_epochs=4")
+    run_here(parts, *common, "trainer.max_epochs=2")
+    run_here(parts, *common, "trainer.max_epochs=4", "ckpt=last")
+    one, other = result(whole / "run"), result(parts / "run")
+    assert one["step"] == other["step"] == 44
+    assert other["metrics"]["test/bpd"] == pytest.approx(one["metrics"]["test/bpd"], abs=1e-6)
+    with (parts / "run" / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/bpd"]]
+    assert steps == [10, 21, 32, 43]
+
+
+def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_refused(tmp_path):
+    run_here(tmp_path / "a", "model=vae", "logger=csv", "trainer.max_epochs=1")
+    checkpoint = tmp_path / "a" / "run" / "checkpoints" / "last.ckpt"
+    with pytest.raises(SettingError, match="another model"):
+        run_here(tmp_path / "b", "model=vae", "logger=csv", "model.latent_dim=8", f"ckpt={checkpoint}")
+    with pytest.raises(SettingError, match="another model"):
+        run_here(tmp_path / "b", "model=mhvae", "logger=csv", f"ckpt={checkpoint}")
+    with pytest.raises(SettingError, match="already holds a run"):
+        run_here(tmp_path / "a", "model=vae", "logger=csv")
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(SettingError, match="truncated"):
+        run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
+    torch.save({"config": os.system}, broken)
+    with pytest.raises(SettingError, match="truncated, or was not written"):
+        run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
+
+
+def test_early_stopping_and_training_without_averages(tmp_path):
+    run_here(
+        tmp_path, "model=vae", "logger=csv", "callbacks=early_stopping", "callbacks.early_stopping.patience=1",
+        "callbacks.early_stopping.min_delta=1e6", "~callbacks.ema", "trainer.max_epochs=50",
+    )  # fmt: skip
+    assert result(tmp_path / "run")["step"] == 22
+    assert result(tmp_path / "run")["weights"] == "raw"
+
+
+@pytest.mark.parametrize("model", ["vae", "ddpm"])
+def test_bf16_moves_the_figure_by_less_than_a_thousandth(model, tmp_path):
+    """The same weights, tested in both precisions: a run that is resumed at its end trains no more."""
+    run_here(tmp_path / "a", *MODELS[model], "logger=csv")
+    checkpoint = tmp_path / "a" / "run" / "checkpoints" / "last.ckpt"
+    for name, precision in (("b", "32-true"), ("c", "bf16-mixed")):
+        run_here(tmp_path / name, *MODELS[model], "logger=csv", f"ckpt={checkpoint}", f"trainer.precision={precision}")
+    figures = [result(tmp_path / name / "run")["metrics"]["test/bpd"] for name in ("b", "c")]
+    assert figures[0] != figures[1]
+    assert figures[0] == pytest.approx(figures[1], abs=2e-2)
+
+
+def test_help_is_quick_and_names_every_group(tmp_path):
+    done = command("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("model: ddpm, mhvae, vae", "model/schedule: constant, cosine, jsd", "data: cifar10, digits", "Examples"):
+        assert word in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_works_from_anywhere_and_refuses_in_one_line(tmp_path):
+    done = command("model=vae", "data.batch_size=0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == ["error: data.batch_size=0: give an integer of at least 1"]
+    done = command("model=vae", "model/schedule=cosine", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_two_ranks_are_one_run_with_the_figures_of_one_rank(tmp_path):
+    common = [*QUICK[0:1], *QUICK[2:], *SMALL_DDPM, "model.network.dropout=0.3"]
+    figures = {}
+    for devices in (1, 2):
+        cwd = tmp_path / str(devices)
+        cwd.mkdir()
+        done = command(*common, f"trainer.devices={devices}", cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        (run,) = (cwd / "outputs").glob("*/*-ddpm-digits")
+        assert len(list((cwd / "outputs" / "wandb").glob("offline-run-*"))) == 1
+        with (run / "metrics.csv").open() as file:
+            figures[devices] = [float(row["val/bpd"]) for row in csv.DictReader(file) if row["val/bpd"]]
+        figures[devices].append(result(run)["metrics"]["test/bpd"])
+        assert result(run)["devices"] == devices
+    assert len(figures[1]) == 3
+    assert figures[1] == pytest.approx(figures[2], abs=1e-4)
+
+
+def test_ctrl_c_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_path):
+    overrides = [*QUICK, *SMALL_DDPM, "trainer.max_epochs=100000", "hydra.run.dir=here", "model/lr_scheduler=constant"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "here" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "interrupted at step" in output
+    assert "Traceback" not in output
+    step = torch.load(tmp_path / "here" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"interrupted at step {step};" in output
+    (said,) = (line for line in output.splitlines() if "ckpt=last" in line)
+    again = said.split()[2:]
+    again[again.index("trainer.max_epochs=100000")] = f"trainer.max_epochs={step // 11 + 2}"
+    done = command(*again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from {tmp_path}/here/checkpoints/last.ckpt" in done.stdout
+    assert result(tmp_path / "here")["step"] == (step // 11 + 2) * 11
+
+
+def test_config_is_checked_against_the_data(tmp_path):
+    cfg = configure(tmp_path, "model=vae")
+    assert cfg.model.levels == cfg.data.levels == 17
