@@ -35,7 +35,7 @@ class Pictures(Callback):
     def __init__(self, directory: str, every_n_epochs: int = 50, num: int = 64) -> None:
         if every_n_epochs < 0 or num < 1:
             raise ValueError(
-                f"callbacks.pictures.every_n_epochs={every_n_epochs} must be at least 0 and callbacks.pictures.num={num} at least 1"
+                f"callbacks.pictures.every_n_epochs={every_n_epochs} must be at least 0, pictures.num={num} at least 1"
             )
         self.directory, self.every_n_epochs, self.num = Path(directory), every_n_epochs, num
 

@@ -11,8 +11,9 @@ from datamodules.base import ImageDataModule
 
 
 class DigitsDataModule(ImageDataModule):
-    """Optical recognition of handwritten digits (Alpaydin and Kaynak 1998), split into 1437, 180 and 180 images, each with
-    its share of every class.
+    """Optical recognition of handwritten digits (Alpaydin and Kaynak 1998).
+
+    Split into 1437, 180 and 180 images, each with its share of every class.
 
     Args:
         shared: the settings of :class:`ImageDataModule`.

@@ -84,7 +84,7 @@ class Lattice(Parameterization):
     def __init__(self, levels: int | None) -> None:
         if levels is None:
             raise ValueError(
-                "parameterization=lattice needs data with levels, but this data is continuous: choose model/parameterization=epsilon"
+                "parameterization=lattice needs levels, but this data is continuous: choose model/parameterization=epsilon"
             )
         self.levels = self.outputs_per_channel = levels
         self.categorical = Categorical(levels)

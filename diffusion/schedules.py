@@ -68,7 +68,7 @@ def cosine(num_steps: int, s: float = 0.008) -> Tensor:
 
 
 def sigmoid(num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Tensor:
-    """ᾱ(u) = (σ(end/τ) - σ((u (end - start) + start)/τ)) / (σ(end/τ) - σ(start/τ)), σ logistic (Jabri et al. 2022, algorithm 1)."""
+    """ᾱ(u) = (σ(end/τ) - σ((u (end - start) + start)/τ)) / (σ(end/τ) - σ(start/τ)), σ logistic (Jabri et al. 2022)."""
     if not tau > 0 or not end > start:
         raise ValueError(f"schedule=sigmoid needs start < end and tau > 0, got start={start!r}, end={end!r}, tau={tau!r}")
     return _from_alpha_bar(

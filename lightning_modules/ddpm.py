@@ -19,16 +19,21 @@ from diffusion.step_profile import StepProfile
 from diffusion.weightings import StepTerms
 from lightning_modules.base import LikelihoodModule, build
 from losses import Elbo
-from losses.draws import randn_like, stratified
+from losses.draws import global_batch, randn_like, stratified
 
 ROWS_PER_CALL = 256  # several steps of one image share a network batch until it has this many rows
+
+
+def steps_per_call(batch: int) -> int:
+    """Returns how many steps of each image go into one network batch: the same on every rank, as noise is drawn per call."""
+    return max(1, ROWS_PER_CALL // global_batch(batch))
 
 
 class DDPMLightningModule(LikelihoodModule):
     """A denoising diffusion model of T steps.
 
     Args:
-        network: (x_t (B, C, H, W), t (B,) int64 in 1..T) -> (B, P·C, H, W); or a factory of ``image_shape, outputs_per_channel``.
+        network: (x_t (B, C, H, W), t (B,) int64 in 1..T) -> (B, P·C, H, W); or a factory of these sizes.
         schedule: T -> betas.
         num_steps: T ≥ 1.
         parameterization: what the network's output means; its ``outputs_per_channel`` is P.
@@ -57,7 +62,7 @@ class DDPMLightningModule(LikelihoodModule):
         for stage, calls in (("val", val_calls), ("test", test_calls)):
             if calls is not None and calls < 2:
                 raise ValueError(
-                    f"model.{stage}_calls={calls} must be at least 2 (one for t = 1, the rest for the steps above), or null for all steps"
+                    f"model.{stage}_calls={calls} must be at least 2 (one for t = 1, the rest above it), or null for all steps"
                 )
         self.likelihood = parameterization.likelihood(self.levels)
         self.process = GaussianDiffusion(schedule(num_steps), variance)
@@ -161,7 +166,7 @@ class DDPMLightningModule(LikelihoodModule):
     def _step_kls(self, x0: Tensor) -> Tensor:
         """KL_t for every t = 2..T: (T - 1, B)."""
         steps = torch.arange(2, self.num_steps + 1, device=x0.device)
-        chunks = steps.split(max(1, ROWS_PER_CALL // len(x0)))
+        chunks = steps.split(steps_per_call(len(x0)))
         kls = [self._kl_at(x0, chunk.expand(len(x0), -1)) for chunk in chunks if len(chunk)]
         return torch.cat(kls, 1).T if kls else x0.new_zeros(0, len(x0))
 

@@ -38,7 +38,7 @@ class VAELightningModule(LikelihoodModule):
 
     Args:
         encoder: x in [-1, 1] (B, C, H, W) -> q(z|x), a DiagGaussian (B, *); or a factory of ``image_shape, latent_dim``.
-        decoder: z -> the likelihood's parameters (B, P·C, H, W); or a factory of ``image_shape, latent_dim, params_per_channel``.
+        decoder: z -> the likelihood's parameters (B, P·C, H, W); or a factory of these sizes.
         likelihood: p(x|z).
         latent_dim: dimensions of z.
         beta: weight of the KL in the loss (Higgins et al. 2017). The reported bound always has 1.

@@ -54,6 +54,11 @@ def _own_rows(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...])
     return draw((k * _rows.total, *shape[1:]))[k * _rows.start : k * _rows.stop]
 
 
+def global_batch(batch: int) -> int:
+    """Returns the size of the global batch that this rank's ``batch`` examples belong to."""
+    return batch if _rows is None or batch != _rows.stop - _rows.start else _rows.total
+
+
 def randn_like(x: Tensor) -> Tensor:
     """Draws N(0, 1) with the shape, dtype and device of ``x`` (B, *)."""
     return _own_rows(lambda shape: torch.randn(shape, dtype=x.dtype, device=x.device), tuple(x.shape))

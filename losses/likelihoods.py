@@ -230,8 +230,8 @@ class Gaussian:
     def __post_init__(self) -> None:
         if self.levels is not None:
             raise ValueError(
-                f"likelihood=gaussian is a density, but the data has {self.levels} levels, and a density at integers compares with "
-                "nothing: choose likelihood=discretized_gaussian"
+                f"likelihood=gaussian is a density, but the data has {self.levels} levels, where densities mean nothing: "
+                "choose model/likelihood=discretized_gaussian"
             )
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:

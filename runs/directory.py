@@ -61,8 +61,8 @@ def read_checkpoint_config(path: Path) -> dict[str, Any]:
         return checkpoint["config"]
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError):
         raise SettingError(
-            f"ckpt={path} is truncated, or was not written by this framework (it holds no config or more than tensors and plain "
-            "values): give another checkpoint"
+            f"ckpt={path} is truncated, or was not written by this framework (no config in it, or more than tensors and "
+            "plain values): give another checkpoint"
         ) from None
 
 

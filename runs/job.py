@@ -42,6 +42,7 @@ def run(cfg: DictConfig) -> float:
     directory = Path(HydraConfig.get().runtime.output_dir)
     config = plain(cfg)
     checkpoint = prepare_directory(cfg, config, directory)
+    check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = load_data(cfg)
     model: LikelihoodModule = build_part(cfg.model)
@@ -85,6 +86,16 @@ def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: LightningData
     return f"model={choices.model} ({parameters:,} parameters)  data={datamodule.describe()}  seed={cfg.seed}"
 
 
+def check_settings(cfg: DictConfig) -> None:
+    """Refuses what the libraries below would refuse late, or with a traceback."""
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise SettingError(f"seed={cfg.seed}: give an integer from 0 to 4294967295")
+    if str(cfg.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
+        raise SettingError(f"trainer.precision={cfg.trainer.precision} is not supported: choose bf16-mixed or 32-true")
+    if cfg.model.optimizer.get("lr", 1.0) <= 0:
+        raise SettingError(f"model.optimizer.lr={cfg.model.optimizer.lr} must be above 0")
+
+
 def load_data(cfg: DictConfig) -> LightningDataModule:
     """Builds the data module and reads the data now: what is missing is said before anything else is built."""
     datamodule: LightningDataModule = build_part(cfg.data)
@@ -122,7 +133,7 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> T
     loggers = build_loggers(cfg, config, directory)
     try:
         return factory(cfg.trainer)(callbacks=callbacks, logger=loggers, default_root_dir=str(directory))
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
         raise SettingError(f"trainer: {' '.join(str(error).split())}") from error
 
 
@@ -143,7 +154,10 @@ def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path) -> l
     loggers: list[Logger] = [MetricsCSV(str(directory / "metrics.csv"))]
     if cfg.logger and not is_child_rank():
         build = factory(cfg.logger)
-        loggers.append(build(config=config) if build.func is wandb_logger else build())
+        try:
+            loggers.append(build(config=config) if build.func is wandb_logger else build())
+        except ValueError as error:
+            raise SettingError(str(error)) from error
     return loggers
 
 

@@ -249,7 +249,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 @pytest.mark.parametrize("depth", [0, -1, 1.5])
 def test_impossible_depths_are_refused(depth):
     encoder, decoder = vae_parts(1)
-    with pytest.raises(ValueError, match="model.depth"):
+    with pytest.raises(ValueError, match=r"model\.depth"):
         MHVAELightningModule(
             TopDownPosterior(encoder, [], 1, 4), decoder, DiscretizedLogistic(17), depth, 4, image_shape=SHAPE, levels=17
         )
