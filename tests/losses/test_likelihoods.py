@@ -35,11 +35,11 @@ def test_probabilities_are_cdf_differences(likelihood, levels):
     grid = torch.cartesian_prod(torch.linspace(-1.5, 1.5, 13), torch.linspace(-4, 1, 11)).double()
     params, x = all_levels(levels, grid)
     mine = likelihood(levels).log_prob(params, x).exp().view(len(grid), levels)
-    edges = (torch.arange(levels + 1) - 0.5).mul(2 / (levels - 1)).sub(1).numpy()
+    edges = (torch.arange(levels + 1, dtype=torch.float64) - 0.5).mul(2 / (levels - 1)).sub(1).numpy()
     edges[0], edges[-1] = -math.inf, math.inf
     for row, (mean, log_scale) in zip(mine, grid.tolist(), strict=True):
         cdf = torch.from_numpy(DISCRETIZED[likelihood].cdf(edges, mean, math.exp(log_scale)))
-        torch.testing.assert_close(row.detach(), cdf.diff(), atol=1e-10, rtol=1e-9)
+        torch.testing.assert_close(row.detach(), cdf.diff(), atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
