@@ -48,9 +48,10 @@ def _own_rows(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...])
     if _rows is None or _rows.stop - _rows.start == _rows.total:
         return draw(shape)
     # k entries of one example lie together (several steps of one image in one network batch), in the global batch too
-    k, rest = divmod(shape[0], _rows.stop - _rows.start)
-    if rest:
+    own = _rows.stop - _rows.start
+    if shape[0] % own:
         return draw(shape)
+    k = shape[0] // own  # not divmod, at which torch.compile breaks the graph
     return draw((k * _rows.total, *shape[1:]))[k * _rows.start : k * _rows.stop]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -41,7 +42,7 @@ def run(cfg: DictConfig) -> float:
     quiet_libraries()
     directory = Path(HydraConfig.get().runtime.output_dir)
     config = plain(cfg)
-    checkpoint = prepare_directory(cfg, config, directory)
+    checkpoint = choose_checkpoint(cfg, config, directory)
     check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = load_data(cfg)
@@ -49,6 +50,8 @@ def run(cfg: DictConfig) -> float:
     failed = True
     try:
         trainer = build_trainer(cfg, config, directory)
+        if not is_child_rank():  # only now: a job that was refused has claimed nothing, and may be tried again here
+            OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
         say(trainer, f"{describe(cfg, model, datamodule)}\nrun directory: {directory}")
         fit(trainer, model, datamodule, checkpoint, directory)
         figure = test(trainer, model, datamodule, directory, cfg, started)
@@ -103,6 +106,7 @@ def load_data(cfg: DictConfig) -> LightningDataModule:
         if not is_child_rank():
             datamodule.prepare_data()
         datamodule.setup()
+        datamodule.train_dataloader()  # refuses a batch larger than the data here, not in the middle of fit
     except (ValueError, OSError) as error:
         raise SettingError(" ".join(str(error).split())) from error
     return datamodule
@@ -113,8 +117,8 @@ def is_child_rank() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
-def prepare_directory(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Path | None:
-    """Claims the run directory, writes config.yaml, and returns the checkpoint to continue from, if any."""
+def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Path | None:
+    """Returns the checkpoint to continue from, if any, and refuses a directory that holds another run."""
     choices = HydraConfig.get().runtime.choices
     checkpoint = None
     if cfg.ckpt is not None:
@@ -123,7 +127,6 @@ def prepare_directory(cfg: DictConfig, config: dict[str, Any], directory: Path) 
         same_model(read_checkpoint_config(checkpoint), config, checkpoint)
     if not is_child_rank():
         claim(directory, continuing=checkpoint is not None and directory in checkpoint.absolute().parents)
-        OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
     return checkpoint
 
 
@@ -180,7 +183,7 @@ def fit(
 def resume_command(directory: Path) -> str:
     """Returns the command that continues this job in its own directory."""
     overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("ckpt=")]
-    return " ".join([f"python {Path(sys.argv[0]).name}", *overrides, f"hydra.run.dir={directory}", "ckpt=last"])
+    return shlex.join(["python", sys.argv[0], *overrides, f"hydra.run.dir={directory}", "ckpt=last"])
 
 
 def test(

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -140,6 +141,13 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
 
 
+def test_a_refused_job_claims_nothing_and_may_be_tried_again_in_its_place(tmp_path):
+    with pytest.raises(SettingError):
+        run_here(tmp_path, "model=vae", "logger=csv", "data.batch_size=5000")
+    run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1")
+    assert result(tmp_path / "run")["step"] == 11
+
+
 def test_early_stopping_and_training_without_averages(tmp_path):
     run_here(
         tmp_path, "model=vae", "logger=csv", "callbacks=early_stopping", "callbacks.early_stopping.patience=1",
@@ -214,7 +222,7 @@ def test_ctrl_c_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_p
     step = torch.load(tmp_path / "here" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert f"interrupted at step {step};" in output
     (said,) = (line for line in output.splitlines() if "ckpt=last" in line)
-    again = said.split()[2:]
+    again = shlex.split(said)[2:]
     again[again.index("trainer.max_epochs=100000")] = f"trainer.max_epochs={step // 11 + 2}"
     done = command(*again, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,36 @@
+"""An import only ever points down."""
+
+import ast
+
+import pytest
+
+from tests.jobs import ROOT
+
+FLOORS = {
+    "losses": 0, "diffusion": 1, "networks": 2, "datamodules": 2, "lightning_modules": 3,
+    "callbacks": 4, "loggers": 4, "runs": 4, "train": 5,
+}  # fmt: skip
+# runs/ puts a job together out of what its own floor holds
+ACROSS = {("runs", "callbacks"), ("runs", "loggers"), ("runs", "runs")}
+FILES = [path for name in FLOORS for path in (ROOT / name).rglob("*.py")] + [ROOT / "train.py"]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_down(path):
+    here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for there in set(imported(path)) & set(FLOORS):
+        assert there == here or FLOORS[there] < FLOORS[here] or (here, there) in ACROSS, f"{here} imports {there}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "losses").glob("*.py")), ids=lambda path: path.name)
+def test_losses_need_torch_only(path):
+    standard = {"__future__", "math", "collections", "contextlib", "dataclasses", "typing"}
+    assert set(imported(path)) <= standard | {"torch", "losses"}
