@@ -72,7 +72,7 @@ class Pictures(Callback):
 
     def _reconstructions(self, trainer: Trainer, module: LightningModule, x: Tensor) -> None:
         pairs = torch.stack([x, module.reconstruct(x)], 1).flatten(0, 1)
-        caption = "Test images (odd columns), each with its reconstruction to the right: mean of p(x | z₁), z ~ q(z | x)"
+        caption = "Test images (odd columns), to the right of each the mean of p(x | z₁)"
         figure = draw_grid(pairs, module.levels, caption, columns=2 * math.ceil(math.sqrt(len(pairs)) / 2))
         self._save(trainer, figure, "plots/reconstructions.png", "reconstructions", caption)
 
