@@ -1,13 +1,16 @@
-"""Random numbers for a batch that several ranks share.
+"""Random numbers for a batch that several ranks share, or whose rows each have their own.
 
 A rank of N holds some rows of the global batch. It draws for the whole batch and keeps its own rows, so N devices that
 start from one seed see exactly the noise that one device sees, and no two ranks see the same. On one device, and
 outside of :func:`rows_of_global_batch`, these functions are torch's own.
+
+In :func:`own_generators` every row draws from a generator of its own: what a row sees then depends neither on the rows
+beside it nor on how many there are, so an evaluation gives one figure however it is cut into batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +27,16 @@ class Rows:
     total: int
 
 
+@dataclass(frozen=True)
+class Own:
+    """Generators on the CPU, one for each row, and the number in [0, 1) that :func:`stratified` gives each row: (B,)."""
+
+    generators: Sequence[torch.Generator]
+    cells: Tensor
+
+
 _rows: Rows | None = None
+_own: Own | None = None
 
 
 @contextmanager
@@ -42,6 +54,28 @@ def set_rows(rows: Rows | None) -> Rows | None:
     global _rows
     before, _rows = _rows, rows
     return before
+
+
+@contextmanager
+def own_generators(own: Own) -> Iterator[None]:
+    """Inside the block, row i of every draw of B rows comes from generator i; of k·B rows, rows i·k to (i + 1)·k do."""
+    global _own
+    before, _own = _own, own
+    try:
+        yield
+    finally:
+        _own = before
+
+
+def _row_by_row(fill: Callable[[Tensor, torch.Generator], object], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Fills each row by its own generator, one row at a time, since torch fills blocks by an order of its own."""
+    out = torch.empty(shape, dtype=dtype)
+    k, rest = divmod(shape[0], len(_own.generators))
+    if rest:
+        raise ValueError(f"{shape[0]} rows cannot be shared by {len(_own.generators)} generators")
+    for index, row in enumerate(out):
+        fill(row, _own.generators[index // k])
+    return out
 
 
 def _own_rows(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -62,6 +96,8 @@ def global_batch(batch: int) -> int:
 
 def randn_like(x: Tensor) -> Tensor:
     """Draws N(0, 1) with the shape, dtype and device of ``x`` (B, *)."""
+    if _own is not None:
+        return _row_by_row(lambda row, generator: row.normal_(generator=generator), tuple(x.shape), x.dtype).to(x.device)
     return _own_rows(lambda shape: torch.randn(shape, dtype=x.dtype, device=x.device), tuple(x.shape))
 
 
@@ -81,14 +117,17 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def stratified(batch: int, device: torch.device) -> Tensor:
-    """Draws ``batch`` numbers, each U[0, 1), one in each of the cells [i/n, (i+1)/n) of the global batch of n: (B,) float64.
+    """Draws ``batch`` numbers, evenly spread over [0, 1) and each of them U[0, 1): (B,) float64.
 
-    One uniform shift for the whole batch (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
+    One uniform shift for the whole global batch, modulo 1 (Kingma et al. 2021, "Variational Diffusion Models", appendix
+    I.1). Without the modulo, row i would only ever see the i-th part of [0, 1).
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
+    if _own is not None:
+        return _own.cells.to(device, dtype)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
-        cells = torch.arange(shape[0], dtype=dtype, device=device)
-        return ((torch.rand((), dtype=dtype, device=device) + cells) / shape[0]).clamp(max=1 - torch.finfo(dtype).eps)
+        spread = torch.arange(shape[0], dtype=dtype, device=device) / shape[0]
+        return ((torch.rand((), dtype=dtype, device=device) + spread) % 1).clamp(max=1 - torch.finfo(dtype).eps)
 
     return _own_rows(draw, (batch,))

@@ -155,6 +155,10 @@ class _Discretized:
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x), nats: (B, 2·C, H, W), (B, C, H, W) -> (B,)."""
         mean, log_scale = _split(params, 2).unbind(1)
+        return sum_except_batch(self.log_mass(mean, log_scale, x))
+
+    def log_mass(self, mean: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:
+        """Returns ln P(x) of each pixel, nats: tensors that broadcast together, x of integers -> their shape."""
         inverse_scale = torch.exp(-log_scale)
         # Both edges of a bin come from integers, so a level's upper edge and the next one's lower edge are the same
         # float and the probabilities telescope to one.
@@ -163,7 +167,7 @@ class _Discretized:
         upper = ((centre + 1) / (self.levels - 1) - mean) * inverse_scale
         lowest, highest = x == 0, x == self.levels - 1
         open_ended = torch.where(lowest, self._log_cdf(upper), self._log_cdf(-lower))  # F(-z) = 1 - F(z): both are symmetric
-        return sum_except_batch(torch.where(lowest | highest, open_ended, self._log_mass(lower, upper)))
+        return torch.where(lowest | highest, open_ended, self._log_mass(lower, upper))
 
     def mean(self, params: Tensor) -> Tensor:
         """Returns the level nearest to the mean parameter: uint8 (B, C, H, W)."""
@@ -171,7 +175,10 @@ class _Discretized:
 
     def sample(self, params: Tensor) -> Tensor:
         """Draws from the density and rounds to the nearest level, which is a draw from P: uint8 (B, C, H, W)."""
-        mean, log_scale = _split(params, 2).unbind(1)
+        return self.draw(*_split(params, 2).unbind(1))
+
+    def draw(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """Draws each pixel from its mean and scale, of one shape: uint8 of that shape."""
         return from_unit(mean + log_scale.exp() * self._noise(mean), self.levels)
 
 
@@ -214,6 +221,52 @@ class DiscretizedLogistic(_Discretized):
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.logit(torch.rand_like(like).clamp(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps))
+
+
+@dataclass(frozen=True)
+class DiscretizedLogisticMixture:
+    """Σ_k π_k DiscretizedLogistic(mean_k, scale_k) for each pixel of each channel (Salimans et al. 2017, without their coupling
+    of channels). Params, each ``components`` times: logits of π, means, ln scales.
+
+    Raises:
+        ValueError: if ``levels`` or ``components`` is out of range.
+    """
+
+    levels: int = 256
+    components: int = 2
+    params_per_channel: int = field(init=False)
+    component: DiscretizedLogistic = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.components, bool) or not isinstance(self.components, int) or self.components < 1:
+            raise ValueError(f"likelihood.components={self.components!r} must be an integer of at least 1")
+        object.__setattr__(self, "params_per_channel", 3 * self.components)
+        object.__setattr__(self, "component", DiscretizedLogistic(self.levels))
+
+    def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (ln π, means, ln scales): (B, 3K·C, H, W) -> (B, K, C, H, W) each.
+
+        A constant spreads the means over [-1, 1]: from equal ones, no component would ever learn to differ.
+        """
+        logits, mean, log_scale = _split(params, self.params_per_channel).chunk(3, 1)
+        places = torch.linspace(-1, 1, self.components + 2, dtype=mean.dtype, device=mean.device)[1:-1]
+        return logits.log_softmax(1), mean + places.view(-1, 1, 1, 1), log_scale
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """Returns ln P(x), nats: (B, 3K·C, H, W), (B, C, H, W) -> (B,)."""
+        log_share, mean, log_scale = self._parts(params)
+        return sum_except_batch(torch.logsumexp(log_share + self.component.log_mass(mean, log_scale, x.unsqueeze(1)), 1))
+
+    def mean(self, params: Tensor) -> Tensor:
+        """Returns the level nearest to Σ_k π_k mean_k, each mean inside [-1, 1]: uint8 (B, C, H, W)."""
+        log_share, mean, _ = self._parts(params)
+        return from_unit((log_share.exp() * mean.clamp(-1, 1)).sum(1), self.levels)
+
+    def sample(self, params: Tensor) -> Tensor:
+        """Draws a component, then a level, for each pixel: uint8 (B, C, H, W)."""
+        log_share, mean, log_scale = self._parts(params)
+        chosen = (log_share - torch.empty_like(log_share).exponential_().log()).argmax(1, keepdim=True)
+        return self.component.draw(mean, log_scale).gather(1, chosen).squeeze(1)
 
 
 @dataclass(frozen=True)

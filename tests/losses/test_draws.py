@@ -1,9 +1,10 @@
 import itertools
+import math
 
 import pytest
 import torch
 
-from losses.draws import Rows, rand, randn_like, rows_of_global_batch, stratified
+from losses.draws import Own, Rows, own_generators, rand, randn_like, rows_of_global_batch, stratified
 
 
 @pytest.mark.parametrize("bounds", [(0, 5, 10), (0, 3, 7, 10), (0, 10)])
@@ -23,6 +24,29 @@ def test_ranks_together_draw_what_one_device_draws(bounds, repeats):
         assert torch.equal(one, torch.cat(many))
 
 
-def test_stratified_draws_fill_every_cell():
-    u = stratified(50, torch.device("cpu"))
-    assert torch.equal((u * 50).long(), torch.arange(50))
+def test_stratified_draws_spread_evenly_and_each_row_sees_all_of_the_interval():
+    draws = torch.stack([stratified(50, torch.device("cpu")) for _ in range(400)])
+    spread = draws.sort(1).values
+    torch.testing.assert_close(spread.diff(dim=1), torch.full((400, 49), 1 / 50, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert ((draws.mean(0) - 0.5).abs() < 4.5 / math.sqrt(12 * 400)).all()
+    assert (draws.min(0).values < 0.05).all()
+    assert (draws.max(0).values > 0.95).all()
+
+
+def test_rows_with_generators_of_their_own_see_neither_their_neighbours_nor_the_batch():
+    def own(rows):
+        return Own([torch.Generator().manual_seed(row) for row in rows], torch.tensor(rows) / 10)
+
+    def draw(rows, pieces):
+        with own_generators(own(rows)):
+            parts = [randn_like(torch.zeros(len(rows) * k, 3, 7)).unflatten(0, (len(rows), k)) for k in pieces]
+            return torch.cat(parts, 1), stratified(len(rows), torch.device("cpu"))
+
+    whole, cells = draw([4, 5, 6], [1, 5])
+    for row, expected, cell in zip([4, 5, 6], whole, cells, strict=True):
+        noise, alone = draw([row], [2, 2, 2])
+        assert torch.equal(noise[0], expected)
+        assert alone == cell
+    assert whole.unique().numel() == whole.numel()
+    with own_generators(own([1, 2])), pytest.raises(ValueError, match="3 rows"):
+        randn_like(torch.zeros(3, 1))
