@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 
 from datamodules import (
@@ -21,6 +20,7 @@ from datamodules import (
     StaticBinarization,
     SVHNDataModule,
 )
+from tests.data_files import CIFAR10_FILES, write_cifar10, write_svhn
 
 SHARED = {"batch_size": 8, "seed": 0, "num_val": 10, "download": False}
 GREY = SHARED | {"image_shape": [1, 28, 28], "levels": 256}
@@ -97,11 +97,7 @@ def test_fashion_mnist_compressed_or_not_in_either_folder(tmp_path, ending, fold
 @pytest.mark.parametrize("folder", ["", "cifar-10-batches-py"])
 def test_cifar10(tmp_path, folder):
     batches = [pictures(10, 3072) for _ in range(6)]
-    (tmp_path / folder).mkdir(exist_ok=True)
-    for name, batch in zip([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], batches, strict=True):
-        # protocol 2 is the one of the true files
-        entry = {"data": batch, "labels": [0] * 10, "batch_label": name, "filenames": ["x.png"] * 10}
-        (tmp_path / folder / name).write_bytes(pickle.dumps(entry, protocol=2))
+    write_cifar10(tmp_path / folder, batches)
     train, test = np.concatenate(batches[:5]).reshape(-1, 3, 32, 32), batches[5].reshape(-1, 3, 32, 32)
     data = build(CIFAR10DataModule, tmp_path, **COLOUR, horizontal_flip=True)
     check(data, train, test)
@@ -110,7 +106,7 @@ def test_cifar10(tmp_path, folder):
 
 
 def test_cifar10_pickles_hold_arrays_and_nothing_else(tmp_path):
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+    for name in CIFAR10_FILES:
         (tmp_path / name).write_bytes(pickle.dumps({"data": socket.getdefaulttimeout}))
     message = fails(CIFAR10DataModule, ValueError, tmp_path, **COLOUR)
     assert "getdefaulttimeout" in message
@@ -120,10 +116,7 @@ def test_cifar10_pickles_hold_arrays_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("folder", ["", "SVHN"])
 def test_svhn(tmp_path, folder):
     splits = {"train": pictures(30, 3, 32, 32), "test": pictures(11, 3, 32, 32)}
-    (tmp_path / folder).mkdir(exist_ok=True)
-    for split, images in splits.items():
-        labels = np.ones((len(images), 1), dtype=np.uint8)
-        scipy.io.savemat(tmp_path / folder / f"{split}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": labels})
+    write_svhn(tmp_path / folder, splits)
     check(build(SVHNDataModule, tmp_path, **COLOUR), splits["train"], splits["test"])
 
 

@@ -1,0 +1,48 @@
+"""What a run leaves in W&B, read back from its file: nothing here asks the library that wrote it."""
+
+import pytest
+import torch
+
+from lightning_modules import VAELightningModule
+from tests.jobs import run_here
+from tests.wandb_file import read, values
+
+JOB = ("model=vae", "logger.mode=offline", "seed=3", "callbacks.pictures.every_n_epochs=1")
+
+
+def test_a_run_is_named_grouped_and_configured_from_its_choices(tmp_path):
+    run_here(tmp_path, *JOB)
+    found = read(tmp_path / "wandb")
+    run = found["run"][0]
+    assert (run.display_name, run.run_group, run.job_type) == ("vae-digits-s3", "vae-digits", "train")
+    assert set(run.tags) == {"vae", "digits"}
+    config = values(run.config.update)  # in the first record: known at the start, also of a run that is killed
+    assert config["model"]["latent_dim"] > 0
+    assert config["data"]["levels"] == 17
+    assert config["seed"] == 3
+    assert "${" not in str(config)
+    summaries = {metric.name: metric.summary for metric in found["metric"]}
+    assert all(summaries[name].min for name in ("val/bpd", "test/bpd"))
+    history = [values(record.item) for record in found["history"]]
+    keys = {key for row in history for key in row}
+    assert {f"{stage}/{term}" for stage in ("train", "val", "test") for term in ("bpd", "reconstruction", "prior")} <= keys
+    steps = [row["_step"] for row in history]
+    assert steps == sorted(steps)
+    pictures = {key.split(".")[0] for key in keys if key.startswith("pictures/")}
+    assert pictures == {"pictures/samples", "pictures/reconstructions", "pictures/kl_per_level"}
+    assert found["exit"][-1].exit_code == 0
+
+
+def test_a_run_that_fails_shows_as_failed(tmp_path, monkeypatch):
+    def out_of_memory(self, x):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(VAELightningModule, "objective", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_here(tmp_path, *JOB)
+    found = read(tmp_path / "wandb")
+    assert found["exit"][-1].exit_code == 1
+    assert values(found["run"][0].config.update)["model"]
+    import wandb
+
+    assert wandb.run is None
