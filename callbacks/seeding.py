@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from losses.draws import set_rows
-
-
-def mix(*parts: object) -> int:
-    """Returns a 63-bit seed that differs for any two different sequences of parts."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+from losses.draws import mix, set_rows
 
 
 class SeededBatches(Callback):

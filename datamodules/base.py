@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.binarization import NoBinarization
-from datamodules.sampling import BatchRecord, GlobalBatchSampler, at_least, seeded
+from datamodules.sampling import BatchRecord, GlobalBatchSampler, at_least
+from losses.draws import seeded
 
 
 class Images(Protocol):

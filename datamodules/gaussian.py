@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from datamodules.base import ImageDataModule
-from datamodules.sampling import at_least, seeded
+from datamodules.sampling import at_least
+from losses.draws import seeded
 
 
 class GaussianDataModule(ImageDataModule):

@@ -6,7 +6,6 @@ batch is drawn for all of its rows and then cut in the same way, so N ranks toge
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from losses.draws import Rows
+from losses.draws import Rows, seeded
 
 
 def at_least(setting: str, value: object, minimum: int) -> int:
@@ -26,12 +25,6 @@ def at_least(setting: str, value: object, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{setting}={value}: give an integer of at least {minimum}")
     return value
-
-
-def seeded(*key: int | str) -> torch.Generator:
-    """Returns a generator of its own for every key, as in ``seeded(seed, epoch, batch_index, "flip")``."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 class BatchRecord(NamedTuple):

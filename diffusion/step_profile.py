@@ -14,7 +14,7 @@ MEMORY = 0.5  # what each refresh keeps of the sums: steps that training now cha
 
 
 class StepProfile(nn.Module):
-    """Running second moments of KL_t, t = 2..T, and draws of t by them.
+    """Running second moments of KL_t, t = 2..T, and the proposal that follows from them.
 
     Attributes:
         proposal: p_t for t = 0..T, (T + 1,) float32, zero for t < 2; uniform until steps have been recorded.
@@ -25,9 +25,7 @@ class StepProfile(nn.Module):
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
-        uniform = torch.zeros(num_steps + 1)
-        uniform[2:] = 1 / max(1, num_steps - 1)
-        self.register_buffer("proposal", uniform)
+        self.register_buffer("proposal", uniform_proposal(num_steps))
         # no buffers: DDP would overwrite every rank's sums by rank 0's
         self._sums: Tensor | None = None
 
@@ -50,13 +48,26 @@ class StepProfile(nn.Module):
         if not seen.any():
             return
         root = (square[2:] / count[2:].clamp(min=1e-12)).sqrt()
-        root = torch.where(seen, root, root[seen].mean())
-        share = root / root.sum().clamp(min=1e-12)
-        self.proposal[2:] = (1 - UNIFORM_SHARE) * share + UNIFORM_SHARE / len(share)
-        self.proposal /= self.proposal.sum()
+        self.proposal.copy_(proposal_from(torch.where(seen, root, root[seen].mean())))
 
-    def invert(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps uniform numbers to (t, p_t) by the inverse of the cumulated proposal: cells (B, K) in [0, 1)."""
-        cumulated = self.proposal.to(cells.dtype).cumsum(0)
-        t = torch.searchsorted(cumulated, cells * cumulated[-1], right=True).clamp(2, len(self.proposal) - 1)
-        return t, self.proposal.to(cells.dtype)[t] / cumulated[-1]
+
+def proposal_from(root_mean_squares: Tensor, uniform_share: float = UNIFORM_SHARE) -> Tensor:
+    """Returns p_t ∝ √E[KL_t²], mixed with a uniform share: (T - 1,) for t = 2..T -> (T + 1,), zero for t < 2."""
+    share = root_mean_squares / root_mean_squares.sum().clamp(min=1e-12)
+    proposal = (1 - uniform_share) * share + uniform_share / max(1, len(share))
+    return torch.nn.functional.pad(proposal / proposal.sum(), (2, 0))
+
+
+def uniform_proposal(num_steps: int) -> Tensor:
+    """Returns p_t = 1/(T - 1) for t = 2..T: (T + 1,) float32, zero for t < 2."""
+    proposal = torch.zeros(num_steps + 1)
+    proposal[2:] = 1 / max(1, num_steps - 1)
+    return proposal
+
+
+def draw_steps(proposal: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps uniform numbers to (t, p_t) by the inverse of the cumulated proposal: (T + 1,), cells (B, K) in [0, 1)."""
+    proposal = proposal.to(cells)
+    cumulated = proposal.cumsum(0)
+    t = torch.searchsorted(cumulated, cells * cumulated[-1], right=True).clamp(2, len(proposal) - 1)
+    return t, proposal[t] / cumulated[-1]

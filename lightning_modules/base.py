@@ -63,6 +63,13 @@ class LikelihoodModule(LightningModule, ABC):
         """Returns an unbiased estimate of the real bound: x uint8 (B, C, H, W) (float for continuous data)."""
 
     @abstractmethod
+    def log_weight(self, x: Tensor) -> Tensor:
+        """Returns ln p(x, z) - ln q(z|x) of one drawn z, all latents: (B,), nats.
+
+        Its mean is the ELBO; ln of the mean of K exponentials is the importance-weighted bound (Burda et al. 2016, eq. 8).
+        """
+
+    @abstractmethod
     def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
         """Returns (loss, estimate of the real bound). The loss is a scalar in nats per dimension, and what is minimised."""
 

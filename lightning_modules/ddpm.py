@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion, Parameterization, elbo, low_discrepancy, small
-from diffusion.step_profile import StepProfile
+from diffusion.step_profile import StepProfile, draw_steps
 from diffusion.weightings import StepTerms
 from lightning_modules.base import LikelihoodModule, build
-from losses import Elbo
+from losses import DiagGaussian, Elbo, kl
 from losses.draws import global_batch, randn_like, stratified
 
 ROWS_PER_CALL = 256  # several steps of one image share a network batch until it has this many rows
@@ -77,20 +77,60 @@ class DDPMLightningModule(LikelihoodModule):
         """T."""
         return self.process.num_steps
 
-    def elbo(self, x: Tensor, calls: int | None = None) -> Elbo:
+    def elbo(self, x: Tensor, calls: int | None = None, proposal: Tensor | None = None) -> Elbo:
         """Returns an unbiased estimate of the bound, of the chain that :meth:`sample` draws from.
 
         Args:
             x: uint8 (B, C, H, W).
             calls: network calls for each image: one at t = 1, the rest at steps drawn by importance, weighted to stay
                 unbiased. ``None`` sums over every t with one noise draw for each.
+            proposal: p_t for t = 0..T, (T + 1,), zero for t < 2; by default the one learned in training.
         """
         x0 = self.to_unit(x)
         if calls is None or calls >= self.num_steps:
-            matching = self._step_kls(x0).sum(0)
+            matching = self._every_step_kl(x0).sum(0)
         else:
-            matching = self._drawn_matching(x0, calls - 1)
+            matching = self._drawn_matching(x0, calls - 1, self.step_profile.proposal if proposal is None else proposal)
         return Elbo(self._reconstruction(x, x0), self.process.prior_kl(x0), matching)
+
+    def three_variable_elbo(self, x: Tensor) -> Elbo:
+        r"""Returns the bound in the consistency form, an unbiased estimate from one drawn chain and T network calls.
+
+        .. math::
+            E[\ln p_θ(x_0|x_1)] - E[KL(q(x_T|x_{T-1}) ‖ p(x_T))] - Σ_{t=1}^{T-1} E[\ln q(x_t|x_{t-1}) - \ln p_θ(x_t|x_{t+1})]
+
+        The last expectation is over neighbours drawn together. It is no KL: given both neighbours, x_t does not follow
+        q(x_t|x_{t-1}). ``matching`` is this sum.
+        """
+        q, p, (x_before_last, _) = self._chain(x)
+        last = torch.full((len(x),), self.num_steps, device=x.device)
+        step = self.process.step(x_before_last, last)
+        return Elbo(p[0], kl(step, DiagGaussian.standard(x_before_last)).to(p), q[:-1].sum(0) - p[1:].sum(0))
+
+    def log_weight(self, x: Tensor) -> Tensor:
+        """See :meth:`LikelihoodModule.log_weight`: the chain's, T network calls for a draw."""
+        q, p, (_, x_last) = self._chain(x)
+        return DiagGaussian.standard(x_last).log_prob(x_last) + p.sum(0) - q.sum(0)
+
+    def _chain(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Draws x_1..x_T: ln q(x_t|x_{t-1}) and ln p_θ(x_{t-1}|x_t), (T, B) float64 each, and (x_{T-1}, x_T)."""
+        before = self.to_unit(x)
+        forward, backward = [], []
+        for step in range(1, self.num_steps + 1):
+            t = torch.full((len(x),), step, device=x.device)
+            q = self.process.step(before, t)
+            x_t = q.sample()
+            output = self.network(x_t, t)
+            if step == 1:
+                log_p = self._log_likelihood(output, x, x_t, self.clip)
+            else:
+                log_p = self.process.reverse(output, x_t, t, self.parameterization, self.clip).log_prob(before)
+            forward.append(q.log_prob(x_t))
+            backward.append(log_p)
+            ends = before, x_t
+            before = x_t
+        # float64: neighbouring terms are large and cancel
+        return torch.stack(forward).double(), torch.stack(backward).double(), ends
 
     def evaluation_elbo(self, x: Tensor, stage: str) -> Elbo:
         """Returns :meth:`elbo` with the stage's number of network calls."""
@@ -130,7 +170,7 @@ class DDPMLightningModule(LikelihoodModule):
     def level_kls(self, x: Tensor) -> Tensor:
         """See :meth:`LikelihoodModule.level_kls`: (T, B); row t - 1 codes x_t, by the step from x_{t+1}."""
         x0 = self.to_unit(x)
-        return torch.cat([self._step_kls(x0), self.process.prior_kl(x0).unsqueeze(0)])
+        return torch.cat([self._every_step_kl(x0), self.process.prior_kl(x0).unsqueeze(0)])
 
     def protocol(self) -> dict[str, Any]:
         """See :meth:`LikelihoodModule.protocol`."""
@@ -157,26 +197,26 @@ class DDPMLightningModule(LikelihoodModule):
         # t = 1 has no KL; a finite stand-in there keeps the gradient of the rows that are kept finite too
         return self.process.step_kl(x0, x_t, t.clamp(min=2), output, self.parameterization, clip)
 
-    def _kl_at(self, x0: Tensor, t: Tensor) -> Tensor:
+    def step_kls(self, x0: Tensor, t: Tensor) -> Tensor:
         """One draw of KL_t for each image and step: x0 (B, C, H, W), t (B, K) in 2..T -> (B, K); one network batch."""
         x0 = x0.repeat_interleave(t.shape[1], 0)
         x_t = self.process.marginal(x0, t.flatten()).sample()
         return self._kl(self.network(x_t, t.flatten()), x0, x_t, t.flatten(), self.clip).view_as(t)
 
-    def _step_kls(self, x0: Tensor) -> Tensor:
+    def _every_step_kl(self, x0: Tensor) -> Tensor:
         """KL_t for every t = 2..T: (T - 1, B)."""
         steps = torch.arange(2, self.num_steps + 1, device=x0.device)
         chunks = steps.split(steps_per_call(len(x0)))
-        kls = [self._kl_at(x0, chunk.expand(len(x0), -1)) for chunk in chunks if len(chunk)]
+        kls = [self.step_kls(x0, chunk.expand(len(x0), -1)) for chunk in chunks if len(chunk)]
         return torch.cat(kls, 1).T if kls else x0.new_zeros(0, len(x0))
 
-    def _drawn_matching(self, x0: Tensor, draws: int) -> Tensor:
+    def _drawn_matching(self, x0: Tensor, draws: int, proposal: Tensor) -> Tensor:
         """Σ_t KL_t from ``draws`` steps an image: t ~ p_t, low-discrepancy over draws and batch, weighted 1/(draws · p_t)."""
         uniform = stratified(len(x0), x0.device).unsqueeze(1)
         cells = (uniform + torch.arange(draws, device=x0.device)) / draws
-        t, probability = self.step_profile.invert(cells)
+        t, probability = draw_steps(proposal, cells)
         weight = (1 / (draws * probability)).to(x0.dtype)
         chunks = zip(
             t.split(max(1, ROWS_PER_CALL // len(x0)), 1), weight.split(max(1, ROWS_PER_CALL // len(x0)), 1), strict=True
         )
-        return sum((w * self._kl_at(x0, steps)).sum(1) for steps, w in chunks)
+        return sum((w * self.step_kls(x0, steps)).sum(1) for steps, w in chunks)

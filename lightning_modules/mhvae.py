@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.base import LikelihoodModule, build
-from lightning_modules.posteriors import Factory, build_transitions
+from lightning_modules.posteriors import Factory, Level, build_transitions, log_weight
 from lightning_modules.vae import check_beta, check_likelihood
 from losses import DiagGaussian, Elbo, Likelihood
 
@@ -66,11 +66,21 @@ class MHVAELightningModule(LikelihoodModule):
             decoder, image_shape=self.image_shape, latent_dim=latent_dim, params_per_channel=likelihood.params_per_channel
         )
 
+    def levels_of(self, x: Tensor) -> list[Level]:
+        """Draws the chain of latents, z_1 first."""
+        return self.posterior(self.to_unit(x), self.generative)
+
     def elbo(self, x: Tensor) -> Elbo:
         """Returns the bound with one draw of the chain."""
-        z_1, kls = self.posterior(self.to_unit(x), self.generative)
+        levels = self.levels_of(x)
+        kls = self.posterior.kls(levels)
         matching = torch.stack(kls[:-1]).sum(0) if self.depth > 1 else torch.zeros_like(kls[-1])
-        return Elbo(self.likelihood.log_prob(self.decoder(z_1), x), kls[-1], matching)
+        return Elbo(self.likelihood.log_prob(self.decoder(levels[0].z), x), kls[-1], matching)
+
+    def log_weight(self, x: Tensor) -> Tensor:
+        """See :meth:`LikelihoodModule.log_weight`."""
+        levels = self.levels_of(x)
+        return log_weight(self.likelihood.log_prob(self.decoder(levels[0].z), x), levels)
 
     def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
         """Returns -(reconstruction - β · (prior + matching)) per dimension, and the bound."""
@@ -87,11 +97,11 @@ class MHVAELightningModule(LikelihoodModule):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Returns the mean of p(x|z_1) for z_1 ~ q(z_1|x): uint8 (B, C, H, W)."""
-        return self.likelihood.mean(self.decoder(self.posterior(self.to_unit(x), self.generative)[0]))
+        return self.likelihood.mean(self.decoder(self.levels_of(x)[0].z))
 
     def level_kls(self, x: Tensor) -> Tensor:
         """See :meth:`LikelihoodModule.level_kls`: (T, B)."""
-        return torch.stack(self.posterior(self.to_unit(x), self.generative)[1])
+        return torch.stack(self.posterior.kls(self.levels_of(x)))
 
     def protocol(self) -> dict[str, Any]:
         """See :meth:`LikelihoodModule.protocol`."""

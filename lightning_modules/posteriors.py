@@ -1,12 +1,13 @@
 r"""The two factorisations of q(z_{1:T} | x), each with the KLs that it makes the ELBO pay.
 
-Both walk the chain once and return z_1 and [KL of z_1, ..., KL of z_T], (B,) nats each: the last is the prior term, the
-others are the matching terms. With T = 1 both are a VAE's posterior.
+Both walk the chain once and return its levels z_1, ..., z_T; ``kls`` gives [KL of z_1, ..., KL of z_T], (B,) nats each: the
+last is the prior term, the others are the matching terms. With T = 1 both are a VAE's posterior.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,24 @@ from lightning_modules.base import build
 from losses import DiagGaussian, kl, log_ratio
 
 Factory = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One latent of a drawn chain: z ~ q given what q is given, and p given what p is given. (B, latent_dim) each."""
+
+    q: DiagGaussian
+    p: DiagGaussian
+    z: Tensor
+
+    def log_ratio(self) -> Tensor:
+        """Returns ln q(z) - ln p(z): (B,), nats."""
+        return log_ratio(self.q, self.p, self.z)
+
+
+def log_weight(log_likelihood: Tensor, levels: Sequence[Level]) -> Tensor:
+    """Returns ln p(x, z_{1:T}) - ln q(z_{1:T}|x) of a drawn chain: ln p(x|z_1) (B,) and its levels -> (B,), nats."""
+    return log_likelihood - torch.stack([level.log_ratio() for level in levels]).sum(0)
 
 
 class MarkovPosterior(nn.Module):
@@ -40,18 +59,20 @@ class MarkovPosterior(nn.Module):
         self.encoder = build(encoder, latent_dim=latent_dim)
         self.transitions = build_transitions(transitions, depth, latent_dim)
 
-    def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> list[Level]:
         """Draws a chain: x (B, C, H, W) in [-1, 1], ``generative[t-2]``: z_t -> p(z_{t-1}|z_t)."""
         posteriors = [self.encoder(x)]
         latents = [posteriors[0].sample()]
         for transition in self.transitions:
             posteriors.append(transition(latents[-1]))
             latents.append(posteriors[-1].sample())
-        kls = [
-            log_ratio(q, p(above), z)
-            for q, z, above, p in zip(posteriors[:-1], latents[:-1], latents[1:], generative, strict=True)
-        ]
-        return latents[0], [*kls, kl(posteriors[-1], DiagGaussian.standard(latents[-1]))]
+        priors = [p(above) for above, p in zip(latents[1:], generative, strict=True)]
+        priors.append(DiagGaussian.standard(latents[-1]))
+        return [Level(*parts) for parts in zip(posteriors, priors, latents, strict=True)]
+
+    def kls(self, levels: Sequence[Level]) -> list[Tensor]:
+        """Returns the log ratio of every level but the last, whose KL closes."""
+        return [*(level.log_ratio() for level in levels[:-1]), kl(levels[-1].q, levels[-1].p)]
 
 
 class TopDownPosterior(nn.Module):
@@ -74,21 +95,23 @@ class TopDownPosterior(nn.Module):
         self.depth = depth
         self.encoder = build(encoder, latent_dim=depth * latent_dim)
 
-    def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> list[Level]:
         """Draws a chain from the top: x (B, C, H, W) in [-1, 1], ``generative[t-2]``: z_t -> p(z_{t-1}|z_t)."""
         evidence = self.encoder(x)
         log_stds = evidence.log_std.expand_as(evidence.mean).chunk(self.depth, 1)
         *lower, q = [
             DiagGaussian(mean, log_std) for mean, log_std in zip(evidence.mean.chunk(self.depth, 1), log_stds, strict=True)
         ]
-        z = q.sample()
-        kls = [kl(q, DiagGaussian.standard(z))]
+        levels = [Level(q, DiagGaussian.standard(q.mean), q.sample())]
         for below, transition in zip(reversed(lower), reversed(generative), strict=True):
-            p = transition(z)
+            p = transition(levels[-1].z)
             q = product(below, p)
-            z = q.sample()
-            kls.append(kl(q, p))
-        return z, kls[::-1]
+            levels.append(Level(q, p, q.sample()))
+        return levels[::-1]
+
+    def kls(self, levels: Sequence[Level]) -> list[Tensor]:
+        """Returns the KL of every level in closed form."""
+        return [kl(level.q, level.p) for level in levels]
 
 
 def product(a: DiagGaussian, b: DiagGaussian) -> DiagGaussian:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.base import LikelihoodModule, build
+from lightning_modules.posteriors import Level, log_weight
 from losses import DiagGaussian, Elbo, Likelihood, kl
 
 
@@ -62,11 +63,21 @@ class VAELightningModule(LikelihoodModule):
         self.encoder = build(encoder, **sizes)
         self.decoder = build(decoder, params_per_channel=likelihood.params_per_channel, **sizes)
 
+    def levels_of(self, x: Tensor) -> list[Level]:
+        """Draws z ~ q(z|x): the one level of the hierarchy."""
+        q = self.encoder(self.to_unit(x))
+        return [Level(q, DiagGaussian.standard(q.mean), q.sample())]
+
     def elbo(self, x: Tensor) -> Elbo:
         """Returns the bound with one draw z ~ q(z|x)."""
-        q = self.encoder(self.to_unit(x))
-        prior = kl(q, DiagGaussian.standard(q.mean))
-        return Elbo(self.likelihood.log_prob(self.decoder(q.sample()), x), prior, torch.zeros_like(prior))
+        (level,) = self.levels_of(x)
+        prior = kl(level.q, level.p)
+        return Elbo(self.likelihood.log_prob(self.decoder(level.z), x), prior, torch.zeros_like(prior))
+
+    def log_weight(self, x: Tensor) -> Tensor:
+        """See :meth:`LikelihoodModule.log_weight`."""
+        levels = self.levels_of(x)
+        return log_weight(self.likelihood.log_prob(self.decoder(levels[0].z), x), levels)
 
     def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
         """Returns -(reconstruction - β · prior) per dimension, and the bound."""
@@ -80,7 +91,7 @@ class VAELightningModule(LikelihoodModule):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Returns the mean of p(x|z) for z ~ q(z|x): uint8 (B, C, H, W)."""
-        return self.likelihood.mean(self.decoder(self.encoder(self.to_unit(x)).sample()))
+        return self.likelihood.mean(self.decoder(self.levels_of(x)[0].z))
 
     def level_kls(self, x: Tensor) -> Tensor:
         """See :meth:`LikelihoodModule.level_kls`: (1, B)."""

@@ -10,12 +10,23 @@ beside it nor on how many there are, so an evaluation gives one figure however i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def mix(*parts: object) -> int:
+    """Returns a 63-bit seed that differs for any two different sequences of parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seeded(*parts: object) -> torch.Generator:
+    """Returns a generator of its own for every key, as in ``seeded(seed, epoch, batch_index, "flip")``."""
+    return torch.Generator().manual_seed(mix(*parts))
 
 
 @dataclass(frozen=True)

@@ -64,16 +64,25 @@ class DiagGaussian:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Returns ln N(z; mean, std²) in nats per example: (B, *) -> (B,)."""
+        return sum_except_batch(self.log_prob_per_dim(z))
+
+    def log_prob_per_dim(self, z: Tensor) -> Tensor:
+        """Returns ln N(z; mean, std²) of each dimension, in nats: (B, *) -> (B, *)."""
         standardized = (z - self.mean) * torch.exp(-self.log_std)
-        return sum_except_batch(-0.5 * standardized.square() - self.log_std - HALF_LOG_2PI)
+        return -0.5 * standardized.square() - self.log_std - HALF_LOG_2PI
 
 
 def kl(q: DiagGaussian, p: DiagGaussian) -> Tensor:
     """Returns KL(q ‖ p) in closed form, in nats per example: (B,)."""
+    return sum_except_batch(kl_per_dim(q, p))
+
+
+def kl_per_dim(q: DiagGaussian, p: DiagGaussian) -> Tensor:
+    """Returns KL(q ‖ p) of each dimension, in nats: (B, *)."""
     log_scale = q.log_std - p.log_std  # ln(σ_q / σ_p)
     shift = (q.mean - p.mean) * torch.exp(-p.log_std)
     # ½(e^{2a} - 1) - a with expm1: equal variances give exactly 0, nearly equal ones lose no digits
-    return sum_except_batch(0.5 * (shift.square() + torch.expm1(2 * log_scale)) - log_scale)
+    return 0.5 * (shift.square() + torch.expm1(2 * log_scale)) - log_scale
 
 
 def log_ratio(q: DiagGaussian, p: DiagGaussian, z: Tensor) -> Tensor:

@@ -225,8 +225,10 @@ class DiscretizedLogistic(_Discretized):
 
 @dataclass(frozen=True)
 class DiscretizedLogisticMixture:
-    """Σ_k π_k DiscretizedLogistic(mean_k, scale_k) for each pixel of each channel (Salimans et al. 2017, without their coupling
-    of channels). Params, each ``components`` times: logits of π, means, ln scales.
+    """Σ_k π_k DiscretizedLogistic(mean_k, scale_k) for each pixel of each channel.
+
+    As in Salimans et al. (2017), eq. 2, without their coupling of channels. Params, each ``components`` times: logits of π,
+    means, ln scales.
 
     Raises:
         ValueError: if ``levels`` or ``components`` is out of range.

@@ -17,8 +17,8 @@ from datamodules import (
     NoBinarization,
     StaticBinarization,
 )
-from datamodules.sampling import BatchRecord, seeded
-from losses.draws import Rows
+from datamodules.sampling import BatchRecord
+from losses.draws import Rows, seeded
 
 CONF = Path(__file__).parents[2] / "conf"
 DIGITS = {"image_shape": [1, 8, 8], "levels": 17, "batch_size": 128, "seed": 0}

@@ -5,8 +5,7 @@ import torch
 
 from datamodules import DynamicBinarization, GlobalBatchSampler
 from datamodules.base import ImageBatches
-from datamodules.sampling import seeded
-from losses.draws import Rows
+from losses.draws import Rows, seeded
 
 
 def make(num=50, batch_size=12, train=True, rank=0, world_size=1, seed=0, epoch=0, mirror=False):

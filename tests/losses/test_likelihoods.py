@@ -4,7 +4,16 @@ import pytest
 import torch
 from scipy import stats
 
-from losses import Bernoulli, Categorical, DiscretizedGaussian, DiscretizedLogistic, Gaussian, from_unit, to_unit
+from losses import (
+    Bernoulli,
+    Categorical,
+    DiscretizedGaussian,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    Gaussian,
+    from_unit,
+    to_unit,
+)
 
 DISCRETIZED = {DiscretizedGaussian: stats.norm, DiscretizedLogistic: stats.logistic}
 
@@ -43,6 +52,29 @@ def test_probabilities_are_cdf_differences(likelihood, levels):
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("components", [1, 2, 5])
+def test_mixtures_are_weighted_sums_that_sum_to_one(levels, components):
+    mixture, rows = DiscretizedLogisticMixture(levels, components), 40
+    grid = torch.cat(
+        [torch.randn(rows, components), 10 * torch.rand(rows, components) - 5, 10 * torch.rand(rows, components) - 7], 1
+    )
+    params, x = all_levels(levels, grid)
+    log_prob = mixture.log_prob(params, x)
+    assert (log_prob.double().exp().view(rows, levels).sum(1) - 1).abs().max() < 1e-6
+    (gradient,) = torch.autograd.grad(log_prob.sum(), params)
+    assert gradient.isfinite().all()
+    logits, mean, log_scale = params.detach().chunk(3, 1)
+    places = torch.linspace(-1, 1, components + 2)[1:-1].view(1, -1, 1, 1)  # where the means start
+    single = DiscretizedLogistic(levels)
+    parts = [
+        single.log_prob(torch.cat([mean[:, k : k + 1] + places[:, k : k + 1], log_scale[:, k : k + 1]], 1), x).exp()
+        for k in range(components)
+    ]
+    expected = (logits.softmax(1)[..., 0, 0] * torch.stack(parts, 1)).sum(1)
+    torch.testing.assert_close(log_prob.detach().exp(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
 def test_knowing_nothing_scores_log2_levels(levels):
     x = torch.randint(0, levels, (5, 3, 4, 4)).to(torch.uint8)
     bits = -Categorical(levels).log_prob(torch.zeros(5, levels * 3, 4, 4), x) / (48 * math.log(2))
@@ -65,6 +97,7 @@ def test_bernoulli_equals_torch_and_categorical_equals_softmax():
         (Categorical(5), torch.tensor([0.1, -1.0, 2.0, 0.5, 0.0])),
         (DiscretizedGaussian(17), torch.tensor([0.7, -1.2])),
         (DiscretizedLogistic(17), torch.tensor([-0.9, -1.5])),
+        (DiscretizedLogisticMixture(17, 3), torch.tensor([0.3, 1.0, -0.5, -0.2, 0.1, 0.4, -2.0, -1.0, -3.0])),
     ],
 )
 def test_samples_follow_the_probabilities(likelihood, params):
