@@ -198,10 +198,22 @@ class DDPMLightningModule(LikelihoodModule):
         return self.process.step_kl(x0, x_t, t.clamp(min=2), output, self.parameterization, clip)
 
     def step_kls(self, x0: Tensor, t: Tensor) -> Tensor:
-        """One draw of KL_t for each image and step: x0 (B, C, H, W), t (B, K) in 2..T -> (B, K); one network batch."""
-        x0 = x0.repeat_interleave(t.shape[1], 0)
-        x_t = self.process.marginal(x0, t.flatten()).sample()
-        return self._kl(self.network(x_t, t.flatten()), x0, x_t, t.flatten(), self.clip).view_as(t)
+        """Draws KL_t for each image and step, in one network batch: x0 (B, C, H, W), t (B, K) in 2..T -> (B, K), nats."""
+        x0, steps, x_t, output = self._predict(x0, t)
+        return self._kl(output, x0, x_t, steps, self.clip).view_as(t)
+
+    def step_errors(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws KL_t as :meth:`step_kls` does, and ‖x_0 - x̂_0(x_t, t)‖²/D of the same x_t: (B, K) each."""
+        x0, steps, x_t, output = self._predict(x0, t)
+        x0_hat = self.parameterization.x0(output, x_t, steps, self.process)
+        error = (x0 - (x0_hat.clamp(-1, 1) if self.clip else x0_hat)).square().flatten(1).mean(1)
+        return self._kl(output, x0, x_t, steps, self.clip).view_as(t), error.view_as(t)
+
+    def _predict(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Repeats x0 for its K steps, draws x_t and asks the network: rows (B·K, ...) of x0, t, x_t and output."""
+        x0, steps = x0.repeat_interleave(t.shape[1], 0), t.flatten()
+        x_t = self.process.marginal(x0, steps).sample()
+        return x0, steps, x_t, self.network(x_t, steps)
 
     def _every_step_kl(self, x0: Tensor) -> Tensor:
         """KL_t for every t = 2..T: (T - 1, B)."""

@@ -1,0 +1,5 @@
+"""Floor 4: what a trained model scores, with every error bar, and where its bits go."""
+
+from evaluation.estimators import Default, Draws, Estimator, Full, Importance, Stratified, ThreeVariable
+
+__all__ = ["Default", "Draws", "Estimator", "Full", "Importance", "Stratified", "ThreeVariable"]

@@ -1,0 +1,188 @@
+"""Estimators of the bound: all unbiased for the same number, at very different cost.
+
+An estimator is prepared once, on a few pilot draws, and then maps images to one estimate each. Pilot draws share no noise
+with the evaluation, so whatever is chosen by them leaves it unbiased.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.step_profile import proposal_from, uniform_proposal
+from evaluation.profile import StepMoments
+from lightning_modules import DDPMLightningModule, LikelihoodModule
+from losses import Elbo
+
+UNIFORM_SHARE = 0.03  # of the proposal: its profile is measured, not learned on the way, so it needs little insurance
+PILOT_CALLS = 9  # for each image, to learn how the noise of t = 1 compares with that of the steps above
+MOST_CALLS = 65
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An estimator made ready for one model.
+
+    Attributes:
+        estimate: images (b, C, H, W) -> one estimate each.
+        calls: network calls that this takes for each image.
+        description: what it does, for evaluation.json.
+    """
+
+    estimate: Callable[[Tensor], Elbo]
+    calls: int
+    description: str
+
+
+Pilot = Callable[[Callable[[Tensor], Elbo]], Tensor]  # an estimate -> its terms on pilot rows: (n, R, 3), nats
+
+
+class Estimator(ABC):
+    """One way of estimating the bound.
+
+    Attributes:
+        name: as in conf/evaluation.
+        uses_pilot: whether a pilot is cheap beside the evaluation itself, so that replicates can be chosen by it.
+    """
+
+    name: str
+    uses_pilot = True
+
+    def check(self, model: LikelihoodModule) -> None:
+        """Refuses a model that this estimator is not for.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        if not isinstance(model, DDPMLightningModule):
+            raise ValueError(
+                f"evaluation={self.name} is an estimator for DDPM, but this run is a {type(model).__name__}: "
+                "leave evaluation=default"
+            )
+
+    @abstractmethod
+    def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
+        """Makes it ready; ``moments`` are the measured steps of a DDPM of more than one step."""
+
+
+class Full(Estimator):
+    """Every t, with one noise draw for each; several t of one image share a network batch."""
+
+    name, uses_pilot = "full", False
+
+    def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
+        """See :meth:`Estimator.prepare`."""
+        return Prepared(model.elbo, model.num_steps, f"every step of {model.num_steps}, one noise draw each")
+
+
+def _check_calls(name: str, calls: int | None) -> None:
+    if calls is not None and (isinstance(calls, bool) or not isinstance(calls, int) or calls < 2):
+        raise ValueError(
+            f"evaluation.calls={calls!r} with evaluation={name} must be an integer of at least 2: one for t = 1, the rest above"
+        )
+
+
+@dataclass(frozen=True)
+class Stratified(Estimator):
+    """t = 1, and t drawn evenly from 2..T with low discrepancy over an image's draws and over a group of images.
+
+    Args:
+        calls: K, network calls for each image and replicate.
+    """
+
+    calls: int = 50
+    name = "stratified"
+
+    def __post_init__(self) -> None:
+        _check_calls(self.name, self.calls)
+
+    def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
+        """See :meth:`Estimator.prepare`."""
+        if self.calls >= model.num_steps:
+            return Full().prepare(model, moments, pilot)
+        proposal = uniform_proposal(model.num_steps).to(model.device)
+        description = f"t = 1, and {self.calls - 1} steps an image drawn evenly with low discrepancy"
+        return Prepared(lambda x: model.elbo(x, self.calls, proposal), self.calls, description)
+
+
+@dataclass(frozen=True)
+class Importance(Estimator):
+    """t = 1, and t drawn by p_t ∝ √E[KL_t²], measured on a few images, with low discrepancy and weights 1/p_t.
+
+    Args:
+        calls: K, network calls for each image and replicate; ``None`` chooses the K that makes variance times calls least.
+    """
+
+    calls: int | None = None
+    name = "importance"
+
+    def __post_init__(self) -> None:
+        _check_calls(self.name, self.calls)
+
+    def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
+        """See :meth:`Estimator.prepare`."""
+        if moments is None or (self.calls or 2) >= model.num_steps:
+            return Full().prepare(model, moments, pilot)
+        proposal = proposal_from(moments.root_mean_squares, UNIFORM_SHARE).to(model.device)
+        calls = self.calls or self._best_calls(model, proposal, pilot)
+        if calls >= model.num_steps:
+            return Full().prepare(model, moments, pilot)
+        description = f"t = 1, and {calls - 1} steps an image drawn by importance with low discrepancy, unbiased"
+        return Prepared(lambda x: model.elbo(x, calls, proposal), calls, description)
+
+    @staticmethod
+    def _best_calls(model: DDPMLightningModule, proposal: Tensor, pilot: Pilot) -> int:
+        """K - 1 = √(v_s/v_1) makes (v_1 + v_s/(K - 1)) · K least: v_1 the noise of t = 1, v_s that of one step drawn."""
+        calls = min(PILOT_CALLS, model.num_steps)
+        terms = pilot(lambda x: model.elbo(x, calls, proposal))
+        first, _, steps = terms.var(1).mean(0).tolist()
+        best = math.sqrt(steps * (calls - 1) / first) if first > 0 else MOST_CALLS
+        return 1 + min(max(round(best), 1), MOST_CALLS - 1)
+
+
+class ThreeVariable(Estimator):
+    """The consistency form: log ratios along one jointly drawn chain."""
+
+    name, uses_pilot = "three_variable", False
+
+    def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
+        """See :meth:`Estimator.prepare`."""
+        description = "three-variable (consistency) form: log ratios along one drawn chain"
+        return Prepared(model.three_variable_elbo, model.num_steps, description)
+
+
+class Draws(Estimator):
+    """One draw of the latents: the estimator of VAE and MHVAE."""
+
+    name = "draws"
+
+    def check(self, model: LikelihoodModule) -> None:
+        """Every model has it."""
+
+    def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
+        """See :meth:`Estimator.prepare`."""
+        return Prepared(model.elbo, 1, model.protocol()["estimator"])
+
+
+class Default(Estimator):
+    """Importance for DDPM, draws of the latents for VAE and MHVAE."""
+
+    name = "default"
+
+    def check(self, model: LikelihoodModule) -> None:
+        """Suits every model."""
+
+    def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
+        """See :meth:`Estimator.prepare`."""
+        own = Importance() if isinstance(model, DDPMLightningModule) else Draws()
+        return own.prepare(model, moments, pilot)
+
+
+def terms_of(elbo: Elbo) -> Tensor:
+    """Returns (reconstruction, prior, matching) side by side: (b, 3), nats."""
+    return torch.stack([elbo.reconstruction.double(), elbo.prior.double(), elbo.matching.double()], 1)

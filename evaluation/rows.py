@@ -1,0 +1,114 @@
+"""Rows of an evaluation: every image a number of times, each row with randomness of its own.
+
+What a row draws follows from (seed, purpose, image, replicate) alone. So a figure is the same, to rounding, however rows are
+cut into batches and dealt out to devices, and the same digits come back when it is worked out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from datamodules.base import Images
+from losses.draws import Own, mix, own_generators, seeded
+
+LARGEST_GROUP = 8  # images that share one low-discrepancy set of steps
+LEAST_GROUPS = 32  # independent groups, as far as there are images: the noise's standard error has as many degrees of freedom
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """``replicates`` rows for each image, images in a random order so that any first part of them is a fair sample.
+
+    Attributes:
+        images: the split.
+        order: indices of the images to evaluate, (N,).
+        replicates: R rows for each image, next to each other.
+        seed: of the evaluation.
+        purpose: rows of different purposes share no randomness.
+    """
+
+    images: Images
+    order: Tensor
+    replicates: int
+    seed: int
+    purpose: str
+
+    @classmethod
+    def of_split(cls, images: Images, num: int, replicates: int, seed: int, purpose: str) -> Rows:
+        """Takes the first ``num`` images of the evaluation's order."""
+        order = torch.randperm(len(images), generator=seeded(seed, "images"))[:num]
+        return cls(images, order, replicates, seed, purpose)
+
+    def __len__(self) -> int:
+        return len(self.order) * self.replicates
+
+    @property
+    def groups(self) -> Tensor:
+        """Which group each image belongs to: (N,). Groups are independent of each other."""
+        size = max(1, min(LARGEST_GROUP, len(self.order) // LEAST_GROUPS))
+        return torch.arange(len(self.order)) // size
+
+    def batch(self, rows: range) -> tuple[Tensor, Own]:
+        """Returns the images of some rows, (b, C, H, W), and their randomness."""
+        places = torch.tensor([row // self.replicates for row in rows])
+        groups = self.groups
+        counts = torch.bincount(groups)
+        firsts = counts.cumsum(0) - counts
+        generators, cells = [], []
+        for row, place in zip(rows, places.tolist(), strict=True):
+            replicate, group = row % self.replicates, int(groups[place])
+            image = int(self.order[place])
+            generators.append(seeded(self.seed, self.purpose, image, replicate))
+            shift = mix(self.seed, self.purpose, "shift", group, replicate) / 2**63
+            cells.append((shift + (place - int(firsts[group])) / int(counts[group])) % 1.0)
+        own = Own(generators, torch.tensor(cells, dtype=torch.float64).clamp(max=1 - 1e-12))
+        return self.images.index_select(0, self.order[places]), own
+
+
+def over_batches(
+    rows: Rows, function: Callable[[Tensor], Tensor], fabric: Fabric, batch_size: int, done: Callable[[int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (row numbers (b,), ``function``'s values of these rows, (b, *) float64 on the CPU): this rank's share.
+
+    Args:
+        rows: what is evaluated.
+        function: images (b, C, H, W) -> (b, *).
+        fabric: says which rank this is, on which device and in which precision.
+        batch_size: rows at once.
+        done: told how many rows were finished, over all ranks as far as this one can know.
+    """
+    starts = range(0, len(rows), batch_size)
+    for start in starts[fabric.global_rank :: fabric.world_size]:
+        numbers = range(start, min(start + batch_size, len(rows)))
+        x, own = rows.batch(numbers)
+        with torch.inference_mode(), fabric.autocast(), own_generators(own):
+            values = function(x.to(fabric.device))
+        yield torch.tensor(numbers), values.cpu().double()
+        done(min(len(numbers) * fabric.world_size, len(rows)))
+
+
+def gather(
+    rows: Rows, function: Callable[[Tensor], Tensor], width: int, fabric: Fabric, batch_size: int, done: Callable[[int], None]
+) -> tuple[Tensor, bool]:
+    """Returns (values (N, R, width) float64, whether Ctrl-C cut it short).
+
+    After Ctrl-C, images that were not finished are NaN, and so are those of other ranks, which cannot be asked any more.
+    """
+    values = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
+    interrupted = False
+    try:
+        for numbers, computed in over_batches(rows, function, fabric, batch_size, done):
+            values[numbers] = computed
+    except KeyboardInterrupt:
+        interrupted = True
+    if fabric.world_size > 1 and not interrupted:
+        mine = values.isfinite() | ~values.isnan()
+        total = fabric.all_reduce(torch.where(mine, values, 0.0), reduce_op="sum")
+        missing = fabric.all_reduce((~mine).double(), reduce_op="sum") == fabric.world_size
+        values = torch.where(missing, torch.nan, total)
+    return values.view(len(rows.order), rows.replicates, width), interrupted
