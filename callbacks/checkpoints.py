@@ -16,19 +16,21 @@ class RunCheckpoint(ModelCheckpoint):
     Args:
         dirpath: where they go.
         config: plain dict of the model's and the data's config; a resumed run compares it before it trains.
+        file_format: version of what a checkpoint holds, checked before one is read.
     """
 
-    def __init__(self, dirpath: str, config: dict[str, Any]) -> None:
+    def __init__(self, dirpath: str, config: dict[str, Any], file_format: int) -> None:
         # val/elbo and not val/bpd: the same order, and continuous data has no bits/dim
         super().__init__(
             dirpath=dirpath, filename="best", monitor="val/elbo", mode="max", save_last=True, enable_version_counter=False
         )
-        self.config = config
+        self.config, self.file_format = config, file_format
         self.interrupted = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the config."""
+        """Adds the config and the format."""
         checkpoint["config"] = self.config
+        checkpoint["format"] = self.file_format
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes last.ckpt after Ctrl-C or SIGTERM, if any step was taken."""

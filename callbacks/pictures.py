@@ -93,9 +93,8 @@ class Pictures(Callback):
                 logger.log_image(f"pictures/{key}", [str(target)], step=trainer.global_step, caption=[caption])
 
 
-def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = None) -> plt.Figure:
-    """Returns a figure of images (N, C, H, W) uint8 in a grid, with its caption above."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
+def grid(images: Tensor, levels: int, columns: int) -> np.ndarray:
+    """Lays images (N, C, H, W) uint8 out in rows of ``columns``: (height, width, 3 or none), values 0 to 1."""
     rows = math.ceil(len(images) / columns)
     channels, height, width = images.shape[1:]
     gap = max(1, height // 8)
@@ -104,11 +103,16 @@ def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = N
         row, column = divmod(index, columns)
         top, left = gap + row * (height + gap), gap + column * (width + gap)
         canvas[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    # matplotlib shows one channel by a colour map and three as they are; other numbers of channels by their mean
+    return canvas if channels == 3 else canvas.mean(2)
+
+
+def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = None) -> plt.Figure:
+    """Returns a figure of images (N, C, H, W) uint8 in a grid, with its caption above."""
+    canvas = grid(images, levels, columns or math.ceil(math.sqrt(len(images))))
     size = 5.0
     figure, axis = plt.subplots(figsize=(size, size * canvas.shape[0] / canvas.shape[1] + 0.45), layout="constrained")
-    # matplotlib shows one channel by a colour map and three as they are; other numbers of channels by their mean
-    shown = canvas if channels == 3 else canvas.mean(2)
-    axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_axis_off()
     axis.set_title(caption, fontsize=8, wrap=True)
     return figure

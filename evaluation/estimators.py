@@ -39,7 +39,7 @@ class Prepared:
     description: str
 
 
-Pilot = Callable[[Callable[[Tensor], Elbo]], Tensor]  # an estimate -> its terms on pilot rows: (n, R, 3), nats
+Pilot = Callable[[Callable[[Tensor], Elbo], int], Tensor]  # (an estimate, its calls) -> its terms on pilot rows: (n, R, 3)
 
 
 class Estimator(ABC):
@@ -47,11 +47,9 @@ class Estimator(ABC):
 
     Attributes:
         name: as in conf/evaluation.
-        uses_pilot: whether a pilot is cheap beside the evaluation itself, so that replicates can be chosen by it.
     """
 
     name: str
-    uses_pilot = True
 
     def check(self, model: LikelihoodModule) -> None:
         """Refuses a model that this estimator is not for.
@@ -73,7 +71,7 @@ class Estimator(ABC):
 class Full(Estimator):
     """Every t, with one noise draw for each; several t of one image share a network batch."""
 
-    name, uses_pilot = "full", False
+    name = "full"
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""
@@ -139,7 +137,7 @@ class Importance(Estimator):
     def _best_calls(model: DDPMLightningModule, proposal: Tensor, pilot: Pilot) -> int:
         """K - 1 = √(v_s/v_1) makes (v_1 + v_s/(K - 1)) · K least: v_1 the noise of t = 1, v_s that of one step drawn."""
         calls = min(PILOT_CALLS, model.num_steps)
-        terms = pilot(lambda x: model.elbo(x, calls, proposal))
+        terms = pilot(lambda x: model.elbo(x, calls, proposal), calls)
         first, _, steps = terms.var(1).mean(0).tolist()
         best = math.sqrt(steps * (calls - 1) / first) if first > 0 else MOST_CALLS
         return 1 + min(max(round(best), 1), MOST_CALLS - 1)
@@ -148,7 +146,7 @@ class Importance(Estimator):
 class ThreeVariable(Estimator):
     """The consistency form: log ratios along one jointly drawn chain."""
 
-    name, uses_pilot = "three_variable", False
+    name = "three_variable"
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from runs.build import SettingError
 
-CONFIG, RESULT, LAST = "config.yaml", "result.json", "checkpoints/last.ckpt"
+CONFIG, RESULT, LAST, BEST = "config.yaml", "result.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+FORMAT = 1  # of checkpoints: raised when what they hold changes its meaning
 
 
 def claim(directory: Path, continuing: bool) -> None:
@@ -48,22 +49,46 @@ def find_checkpoint(ckpt: str, directory: Path, outputs: Path, suffix: str) -> P
     raise SettingError(f"ckpt=last found no {LAST} in {directory} nor in {outputs}/*/*{suffix}: train first, or give a path")
 
 
-def read_checkpoint_config(path: Path) -> dict[str, Any]:
-    """Returns the config inside a checkpoint, loading nothing that could run code.
+def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
+    """Returns what a checkpoint of this framework holds, loading nothing that could run code.
+
+    Args:
+        path: the file.
+        setting: the setting that named it, for the refusal.
 
     Raises:
-        SettingError: if the file is truncated, is no checkpoint of this framework, or holds pickled objects.
+        SettingError: if the file is truncated, is no checkpoint of this framework, is of another version, or holds pickled
+            objects.
     """
     import torch
 
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint["config"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError):
+        config = checkpoint["config"]
+        whole = isinstance(config["model"], dict) and isinstance(config["data"], dict) and checkpoint["state_dict"] is not None
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ):
+        whole = False
+    if not whole:
         raise SettingError(
-            f"ckpt={path} is truncated, or was not written by this framework (no config in it, or more than tensors and "
+            f"{setting}={path} is truncated, or was not written by this framework (no config in it, or more than tensors and "
             "plain values): give another checkpoint"
-        ) from None
+        )
+    if checkpoint.get("format") != FORMAT:
+        raise SettingError(
+            f"{setting}={path} has format {checkpoint.get('format', 'none')}, but this version reads format {FORMAT}: use the "
+            "version of this framework that wrote it"
+        )
+    return checkpoint
 
 
 def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:

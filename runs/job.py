@@ -25,7 +25,7 @@ from callbacks import EMA, RunCheckpoint
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from runs.build import SettingError, build_part, factory, plain
-from runs.directory import CONFIG, RESULT, claim, find_checkpoint, read_checkpoint_config, same_model
+from runs.directory import CONFIG, FORMAT, RESULT, claim, find_checkpoint, read_checkpoint, same_model
 from runs.report import result_record, table
 
 
@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> float:
     checkpoint = choose_checkpoint(cfg, config, directory)
     check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
-    datamodule = load_data(cfg)
+    datamodule = load_data(cfg.data)
     model: LikelihoodModule = build_part(cfg.model)
     failed = True
     try:
@@ -101,7 +101,7 @@ def check_settings(cfg: DictConfig) -> None:
 
 def load_data(cfg: DictConfig) -> LightningDataModule:
     """Builds the data module and reads the data now: what is missing is said before anything else is built."""
-    datamodule: LightningDataModule = build_part(cfg.data)
+    datamodule: LightningDataModule = build_part(cfg)
     try:
         if not is_child_rank():
             datamodule.prepare_data()
@@ -124,7 +124,7 @@ def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) 
     if cfg.ckpt is not None:
         suffix = f"-{choices.model}-{choices.data}"
         checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
-        same_model(read_checkpoint_config(checkpoint), config, checkpoint)
+        same_model(read_checkpoint(checkpoint, "ckpt")["config"], config, checkpoint)
     if not is_child_rank():
         claim(directory, continuing=checkpoint is not None and directory in checkpoint.absolute().parents)
     return checkpoint
@@ -148,7 +148,7 @@ def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) ->
     callbacks = [build_part(part) for part in parts.values()]
     if cfg.trainer.get("enable_checkpointing", True) and not cfg.trainer.get("fast_dev_run"):
         kept = {name: config[name] for name in ("model", "data", "seed")}
-        callbacks.append(RunCheckpoint(dirpath=str(directory / "checkpoints"), config=kept))
+        callbacks.append(RunCheckpoint(str(directory / "checkpoints"), kept, FORMAT))
     return callbacks
 
 

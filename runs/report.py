@@ -13,9 +13,9 @@ from losses.elbo import nats_to_bits_per_dim
 PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "torchvision")
 TITLES = {
     "reconstruction": "reconstruction  −E ln p(x|z₁)",
-    "prior": "prior           KL of z_T",
-    "matching": "matching        ΣKL of z₁..z_{T−1}",
-    "elbo": "total           −ELBO",
+    "prior": "prior  KL of z_T",
+    "matching": "matching  ΣKL of z₁..z_{T−1}",
+    "elbo": "total  −ELBO",
 }
 
 
@@ -56,5 +56,9 @@ def table(metrics: dict[str, float], num_dims: int, levels: int | None, title: s
 
 def result_record(metrics: dict[str, float], num_dims: int, levels: int | None, **facts: Any) -> dict[str, Any]:
     """Returns what result.json holds: the metrics, the costs, the facts given, and the versions."""
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    return {"metrics": metrics, "costs": costs(metrics, num_dims, levels), **facts, "versions": versions}
+    return {"metrics": metrics, "costs": costs(metrics, num_dims, levels), **facts, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that figures depend on."""
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}

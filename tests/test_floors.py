@@ -8,11 +8,11 @@ from tests.jobs import ROOT
 
 FLOORS = {
     "losses": 0, "diffusion": 1, "networks": 2, "datamodules": 2, "lightning_modules": 3,
-    "callbacks": 4, "loggers": 4, "runs": 4, "train": 5,
+    "callbacks": 4, "loggers": 4, "runs": 4, "evaluation": 4, "train": 5, "evaluate": 5,
 }  # fmt: skip
-# runs/ puts a job together out of what its own floor holds
-ACROSS = {("runs", "callbacks"), ("runs", "loggers"), ("runs", "runs")}
-FILES = [path for name in FLOORS for path in (ROOT / name).rglob("*.py")] + [ROOT / "train.py"]
+# runs/ and evaluation/ put a job together out of what their own floor holds
+ACROSS = {("runs", "callbacks"), ("runs", "loggers"), ("evaluation", "runs"), ("evaluation", "callbacks")}
+FILES = [path for name in FLOORS for path in (ROOT / name).rglob("*.py")] + [ROOT / "train.py", ROOT / "evaluate.py"]
 
 
 def imported(path):

@@ -1,0 +1,97 @@
+"""Pictures of where the bits go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from torch import Tensor
+
+from callbacks.pictures import grid
+from evaluation.balance import ACTIVE, LevelBalance
+from evaluation.profile import StepMoments
+from losses.elbo import nats_to_bits_per_dim
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+BLUE, ORANGE = "#3b6fb6", "#c2541b"
+SHOWN = 8  # images at each end of the histogram
+
+
+def draw_steps(moments: StepMoments, num_dims: int, unit: str) -> plt.Figure:
+    """Returns a figure of the KL of each step over log t, with the sum from t = T down."""
+    scale = nats_to_bits_per_dim(1.0, num_dims) if unit == "bits/dim" else 1.0
+    kls = moments.means.numpy() * scale
+    t = np.arange(2, len(kls) + 2)
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    (single,) = axis.loglog(t, np.clip(kls, 1e-12, None), color=BLUE)
+    axis.set(xlabel="step t", ylabel=f"KL of one step ({unit})")
+    total = axis.twinx()
+    (cumulated,) = total.plot(t, kls[::-1].cumsum()[::-1] + moments.prior * scale, color=ORANGE)
+    total.set(ylabel=f"prior and all steps from T down to t ({unit})", ylim=(0, None))
+    axis.legend(
+        [single, cumulated], ["KL of one step (left)", "cumulated from t = T down (right)"], fontsize=8, loc="center right"
+    )
+    axis.set_title(f"KL of each step, measured at {moments.num_steps} steps on {moments.num_images} images", fontsize=9)
+    return figure
+
+
+def draw_rate_distortion(moments: StepMoments, num_dims: int, levels: int) -> plt.Figure:
+    """Returns a figure of the distortion of x̂_0 at t against the rate sent by then (Ho et al. 2020, figure 5)."""
+    kls = moments.means.numpy()
+    after = np.concatenate([kls[::-1].cumsum()[::-1][1:], [0.0]]) + moments.prior  # sent when x_t is known: the steps above t
+    rate = nats_to_bits_per_dim(after, num_dims)
+    distortion = np.sqrt(moments.errors.numpy()) * (levels - 1) / 2
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
+    done = 1 - np.arange(2, len(kls) + 2) / (len(kls) + 1)
+    label = f"RMSE of x̂₀ (levels 0..{levels - 1})"
+    for axis, (x, y, xlabel, ylabel) in zip(
+        axes,
+        [
+            (done, distortion, "reverse steps (1 − t/T)", label),
+            (done, rate, "reverse steps (1 − t/T)", "rate (bits/dim)"),
+            (rate, distortion, "rate (bits/dim)", label),
+        ],
+        strict=True,
+    ):
+        axis.plot(x, y, color=BLUE)
+        axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    figure.suptitle(f"Progressive coding: rate and distortion along the reverse chain, {moments.num_images} images", fontsize=9)
+    return figure
+
+
+def draw_units(levels: Sequence[LevelBalance]) -> plt.Figure:
+    """Returns a figure of the KL of each latent unit, sorted, one panel a level; units that are not active are grey."""
+    figure, axes = plt.subplots(
+        1, len(levels), figsize=(max(5.0, 3.6 * len(levels)), 3.4), layout="constrained", squeeze=False, sharey=True
+    )
+    for number, (axis, level) in enumerate(zip(axes[0], levels, strict=True), start=1):
+        order = level.kl.argsort(descending=True)
+        colours = [BLUE if active else "0.75" for active in (level.mean_variance[order] > ACTIVE).tolist()]
+        axis.bar(np.arange(1, len(order) + 1), level.kl[order].numpy(), color=colours)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xlabel=f"unit of z_{number}, sorted")
+        axis.set_title(f"z_{number}: {level.active} of {len(order)} units active, {level.kl.sum():.2f} nats", fontsize=9)
+    axes[0][0].set_ylabel("KL (nats)")
+    figure.suptitle("KL of each latent unit; grey: not active", fontsize=9)
+    return figure
+
+
+def draw_images(bits: Tensor, images: Tensor, levels: int, split: str) -> plt.Figure:
+    """Returns a histogram of the images' bits/dim, with the cheapest and the dearest images: (N,), (N, C, H, W)."""
+    order = bits.argsort()
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.4), width_ratios=[1.5, 1, 1], layout="constrained")
+    axes[0].hist(bits.numpy(), bins=min(40, max(8, int(math.sqrt(len(bits)) * 2))), color=BLUE)
+    axes[0].axvline(bits.mean().item(), color=ORANGE, label=f"mean {bits.mean():.3f}")
+    axes[0].set(xlabel="bits/dim of one image", ylabel="images")
+    axes[0].legend(fontsize=8)
+    axes[0].set_title(f"{len(bits)} {split} images", fontsize=9)
+    for axis, chosen, name in ((axes[1], order[:SHOWN], "lowest"), (axes[2], order[-SHOWN:].flip(0), "highest")):
+        canvas = grid(images[chosen], levels, columns=4)
+        axis.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_axis_off()
+        axis.set_title(f"{name}: {', '.join(f'{bits[i]:.2f}' for i in chosen)}", fontsize=7)
+    return figure

@@ -1,0 +1,131 @@
+"""What an evaluation says at its end: the table and evaluation.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningDataModule
+from omegaconf import DictConfig
+from rich.table import Table
+
+from evaluation.estimate import Bound
+from evaluation.saved import SavedRun
+from lightning_modules import LikelihoodModule
+from losses.elbo import nats_to_bits_per_dim
+from runs.build import plain
+from runs.report import TITLES, versions
+
+COSTS = {"reconstruction": -1, "prior": 1, "matching": 1, "elbo": -1}  # each term as a cost, summing to -ELBO
+
+
+def bound_record(bound: Bound, model: LikelihoodModule) -> dict[str, Any]:
+    """Returns the bound as plain values: every term as a cost, with its errors, and how it was estimated."""
+    scale = nats_to_bits_per_dim(1.0, model.num_dims)
+    terms = {}
+    for name, sign in COSTS.items():
+        value = bound.terms[name]
+        terms[name] = {"nats": {**value.as_dict(), "mean": sign * value.mean}}
+        if model.levels is not None:
+            terms[name]["bits_per_dim"] = {**value.as_dict(scale), "mean": sign * value.mean * scale}
+    headline = {}
+    if model.levels is not None:
+        bits = terms["elbo"]["bits_per_dim"]
+        headline = {"bpd": bits["mean"], **{f"bpd_{key}": bits[key] for key in ("se", "se_images", "se_noise")}}
+    return {
+        **headline,
+        "terms": terms,
+        "num_images": len(bound.order),
+        "estimator": bound.prepared.description,
+        "replicates": bound.replicates,
+        "network_calls_per_image": bound.replicates * bound.prepared.calls,
+        "pilot_network_calls": bound.pilot_calls,
+    }
+
+
+def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
+    """Returns the table of the terms with their errors: over images, and of the estimate's noise."""
+    state = f"interrupted: {len(bound.order)} images so far; " if bound.interrupted else ""
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=f"{state}{bound.prepared.description}; {bound.replicates} replicates of {len(bound.order)} images; "
+        "± standard errors: of other images (images), of another seed (noise)",
+        caption_justify="left",
+    )
+    unit = "nats per image" if model.levels is not None else "nats (log-density)"
+    scaled = model.levels is not None
+    scale = nats_to_bits_per_dim(1.0, model.num_dims) if scaled else 1.0
+    headings = ["term of −ELBO", unit, *(["bits/dim"] if scaled else []), "± images", "± noise"]
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    for name, sign in COSTS.items():
+        value = bound.terms[name]
+        if name == "elbo":
+            table.add_section()
+        cells = [f"{sign * value.mean:.3f}", *([f"{sign * value.mean * scale:.4f}"] if scaled else [])]
+        cells += [
+            f"{value.se_images * scale:.4f}",
+            "?" if value.se_noise != value.se_noise else f"{value.se_noise * scale:.4f}",
+        ]
+        table.add_row(TITLES[name], *cells, style="bold" if name == "elbo" else None)
+    return table
+
+
+def evaluation_record(
+    cfg: DictConfig,
+    saved: SavedRun,
+    datamodule: LightningDataModule,
+    results: dict[str, Any],
+    fabric: Fabric,
+    interrupted: bool,
+    seconds: float,
+) -> dict[str, Any]:
+    """Returns what evaluation.json holds: results by set of weights, and all that is needed to defend them."""
+    first = next(iter(results.values()))
+    return {
+        **{key: value for key, value in first.items() if key.startswith("bpd")},
+        "weights": list(results),
+        "results": results,
+        "interrupted": interrupted,
+        "checkpoint": str(saved.path),
+        "step": saved.content.get("global_step"),
+        "split": cfg.split,
+        "data": datamodule.protocol(),
+        "model": saved.content["config"]["model"],
+        "settings": plain(cfg),
+        "seed": cfg.seed,
+        "devices": fabric.world_size,
+        "precision": str(cfg.fabric.precision),
+        "seconds": round(seconds, 2),
+        "versions": versions(),
+    }
+
+
+def write_new(directory: Path, record: dict[str, Any], pictures: dict[str, Any]) -> Path:
+    """Writes evaluation.json and the pictures; an earlier evaluation is kept, under the next free number.
+
+    Returns:
+        the path of evaluation.json.
+    """
+    from matplotlib import pyplot as plt
+
+    target, plots = directory / "evaluation.json", directory / "plots" / "evaluation"
+    directory.mkdir(parents=True, exist_ok=True)
+    if target.exists() or plots.exists():
+        number = 1
+        while (directory / f"evaluation-{number}.json").exists() or plots.with_name(f"evaluation-{number}").exists():
+            number += 1
+        for path, kept in ((target, directory / f"evaluation-{number}.json"), (plots, plots.with_name(f"evaluation-{number}"))):
+            if path.exists():
+                path.rename(kept)
+    draft = target.with_suffix(".tmp")
+    draft.write_text(json.dumps(record, indent=2) + "\n")
+    draft.replace(target)
+    for name, picture in pictures.items():
+        plots.mkdir(parents=True, exist_ok=True)
+        picture.savefig(plots / f"{name}.png", dpi=140)
+        plt.close(picture)
+    return target
