@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evaluation.estimators import Estimator, Prepared, terms_of
+from evaluation.estimators import LEAST_REPLICATES, Estimator, Prepared, terms_of
 from evaluation.profile import StepMoments, measure_steps
-from evaluation.rows import gather
 from evaluation.statistics import Figure, figure
 from lightning_modules import DDPMLightningModule
 from losses import Elbo
@@ -22,7 +21,7 @@ from runs.build import SettingError
 if TYPE_CHECKING:
     from evaluation.job import Setting
 
-PROFILE_IMAGES = 16
+PROFILE_IMAGES = 32
 PILOT_IMAGES = 32
 MARGIN = 1.3  # the pilot's variance is an estimate itself
 MOST_REPLICATES = 1000
@@ -53,33 +52,46 @@ class Bound:
     interrupted: bool
 
 
+class Trial:
+    """The pilot of one evaluation: see :class:`evaluation.estimators.Pilot`. It counts what it spends."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.calls = setting, 0
+        nats = setting.cfg.precision / nats_to_bits_per_dim(1.0, setting.model.num_dims)
+        self.wished_variance = len(setting.rows(1, "bound").order) * nats**2 / MARGIN
+
+    def terms(self, estimate: Callable[[Tensor], Elbo], calls: int) -> Tensor:
+        """Returns the terms on the pilot's rows: (n, 2, 3), nats."""
+        rows = self.setting.rows(2, "pilot", PILOT_IMAGES)
+        self.calls += len(rows) * calls
+        return self.setting.gather(rows, lambda x: terms_of(estimate(x)), 3)[0]
+
+    def replicates(self, prepared: Prepared) -> int:
+        """Returns how many estimates of each image give the wished precision: at least 2."""
+        terms = self.terms(prepared.estimate, prepared.calls)
+        variance = (terms[..., 0] - terms[..., 1] - terms[..., 2]).var(1).mean().item()
+        return min(max(LEAST_REPLICATES, math.ceil(variance / self.wished_variance)), MOST_REPLICATES)
+
+
 def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     """Prepares the estimator, chooses the number of replicates and evaluates.
 
     Raises:
         SettingError: if Ctrl-C came before two images were finished.
     """
-    cfg, model, fabric = setting.cfg, setting.model, setting.fabric
-    spent = 0
-
-    def pilot(estimate: Callable[[Tensor], Elbo], calls: int) -> Tensor:
-        nonlocal spent
-        rows = setting.rows(2, "pilot", PILOT_IMAGES)
-        spent += len(rows) * calls
-        return gather(rows, lambda x: terms_of(estimate(x)), 3, fabric, cfg.batch_size, lambda _: None)[0]
-
+    cfg, model, trial = setting.cfg, setting.model, Trial(setting)
     moments = None
     if isinstance(model, DDPMLightningModule) and model.num_steps > 1:
-        moments = measure_steps(model, setting.rows(1, "profile", PROFILE_IMAGES), fabric, cfg.batch_size)
-        spent += moments.calls
-    prepared = estimator.prepare(model, moments, pilot)
-    replicates = cfg.replicates or 2
-    if cfg.replicates is None and prepared.calls < getattr(model, "num_steps", 2):
-        replicates = _replicates(pilot(prepared.estimate, prepared.calls), setting)
+        moments = measure_steps(model, setting.rows(1, "profile", PROFILE_IMAGES), setting.fabric, cfg.batch_size)
+        trial.calls += moments.calls
+    prepared = estimator.prepare(model, moments, trial)
+    replicates = cfg.replicates or LEAST_REPLICATES
+    if cfg.replicates is None and prepared.calls < getattr(model, "num_steps", 2):  # a pilot of every step costs too much
+        replicates = trial.replicates(prepared)
     rows = setting.rows(replicates, "bound")
     title = f"{cfg.split} set: {len(rows.order)} images x {replicates} replicates x {prepared.calls} network calls"
     with setting.progress(title, len(rows)) as done:
-        terms, interrupted = gather(rows, lambda x: terms_of(prepared.estimate(x)), 3, fabric, cfg.batch_size, done)
+        terms, interrupted = setting.gather(rows, lambda x: terms_of(prepared.estimate(x)), 3, done)
     finished = ~terms.isnan().flatten(1).any(1) if interrupted else torch.ones(len(terms), dtype=torch.bool)
     if finished.sum() < 2:
         raise SettingError("interrupted before two images were finished: nothing to report")
@@ -87,13 +99,4 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     values = terms @ torch.tensor([1.0, -1.0, -1.0], dtype=terms.dtype)
     figures = {name: figure(terms[..., i], groups) for i, name in enumerate(("reconstruction", "prior", "matching"))}
     figures["elbo"] = figure(values, groups)
-    return Bound(figures, values, order, prepared, replicates, moments, spent, interrupted)
-
-
-def _replicates(terms: Tensor, setting: Setting) -> int:
-    """Returns how many estimates of each image give the wished standard error, by the pilot's: at least 2."""
-    noise = (terms[..., 0] - terms[..., 1] - terms[..., 2]).var(1).mean().item()
-    per_dim = nats_to_bits_per_dim(math.sqrt(noise), setting.model.num_dims)
-    num = len(setting.rows(1, "bound").order)
-    wished = math.ceil(MARGIN * per_dim**2 / (num * setting.cfg.precision**2))
-    return min(max(2, wished), MOST_REPLICATES)
+    return Bound(figures, values, order, prepared, replicates, moments, trial.calls, interrupted)

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,7 +40,20 @@ class Prepared:
     description: str
 
 
-Pilot = Callable[[Callable[[Tensor], Elbo], int], Tensor]  # (an estimate, its calls) -> its terms on pilot rows: (n, R, 3)
+LEAST_REPLICATES = 2  # of each image: from one, the noise cannot be read off
+
+
+class Pilot(Protocol):
+    """A few images to try an estimate on, with noise that the evaluation does not share.
+
+    Attributes:
+        wished_variance: of one image's mean over its replicates, nats²: what the wished precision allows.
+    """
+
+    wished_variance: float
+
+    def terms(self, estimate: Callable[[Tensor], Elbo], calls: int) -> Tensor:
+        """Returns the terms of an estimate that takes ``calls`` network calls: (n, 2, 3), nats."""
 
 
 class Estimator(ABC):
@@ -110,13 +124,17 @@ class Stratified(Estimator):
 
 @dataclass(frozen=True)
 class Importance(Estimator):
-    """t = 1, and t drawn by p_t ∝ √E[KL_t²], measured on a few images, with low discrepancy and weights 1/p_t.
+    """t = 1, and t drawn by importance with low discrepancy and weights 1/p_t; less control variates.
+
+    p_t ∝ √E[r_t²], measured on a few images: r_t is KL_t, or what the control of :mod:`diffusion.control` leaves of it.
 
     Args:
-        calls: K, network calls for each image and replicate; ``None`` chooses the K that makes variance times calls least.
+        calls: K, network calls for each image and replicate; ``None`` chooses by the wished precision.
+        control: whether the control variates are used.
     """
 
     calls: int | None = None
+    control: bool = True
     name = "importance"
 
     def __post_init__(self) -> None:
@@ -126,21 +144,32 @@ class Importance(Estimator):
         """See :meth:`Estimator.prepare`."""
         if moments is None or (self.calls or 2) >= model.num_steps:
             return Full().prepare(model, moments, pilot)
-        proposal = proposal_from(moments.root_mean_squares, UNIFORM_SHARE).to(model.device)
-        calls = self.calls or self._best_calls(model, proposal, pilot)
+        control = moments.control if self.control else None
+        root_mean_squares = moments.root_mean_squares if control is None else moments.residuals
+        proposal = proposal_from(root_mean_squares, UNIFORM_SHARE).to(model.device)
+        calls = self.calls or self._enough_calls(
+            pilot, lambda k: lambda x: model.elbo(x, k, proposal, control), model.num_steps
+        )
         if calls >= model.num_steps:
             return Full().prepare(model, moments, pilot)
-        description = f"t = 1, and {calls - 1} steps an image drawn by importance with low discrepancy, unbiased"
-        return Prepared(lambda x: model.elbo(x, calls, proposal), calls, description)
+        how = "" if control is None else " and control variates"
+        description = f"t = 1, and {calls - 1} steps an image drawn by importance with low discrepancy{how}, unbiased"
+        return Prepared(lambda x: model.elbo(x, calls, proposal, control), calls, description)
 
     @staticmethod
-    def _best_calls(model: DDPMLightningModule, proposal: Tensor, pilot: Pilot) -> int:
-        """K - 1 = √(v_s/v_1) makes (v_1 + v_s/(K - 1)) · K least: v_1 the noise of t = 1, v_s that of one step drawn."""
-        calls = min(PILOT_CALLS, model.num_steps)
-        terms = pilot(lambda x: model.elbo(x, calls, proposal), calls)
+    def _enough_calls(pilot: Pilot, estimate: Callable[[int], Callable[[Tensor], Elbo]], num_steps: int) -> int:
+        """Returns the K with which two replicates are precise enough, as far as more steps and not more t = 1 help.
+
+        Beyond K - 1 = √(v_s/v_1), v_1 the noise of t = 1 and v_s that of one step drawn, another replicate is the cheaper one.
+        """
+        calls = min(PILOT_CALLS, num_steps - 1)
+        terms = pilot.terms(estimate(calls), calls)
         first, _, steps = terms.var(1).mean(0).tolist()
-        best = math.sqrt(steps * (calls - 1) / first) if first > 0 else MOST_CALLS
-        return 1 + min(max(round(best), 1), MOST_CALLS - 1)
+        steps *= calls - 1
+        best = math.sqrt(steps / first) if first > 0 else MOST_CALLS
+        left = LEAST_REPLICATES * pilot.wished_variance - first
+        enough = steps / left if left > 0 else MOST_CALLS
+        return 1 + min(max(math.ceil(min(best, enough)), 1), MOST_CALLS - 1)
 
 
 class ThreeVariable(Estimator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,12 @@ class Setting:
         """Returns rows of the evaluation's images, or of the first ``num`` of them."""
         limit = min(len(self.images), self.cfg.max_images or len(self.images), num or len(self.images))
         return Rows.of_split(self.images, limit, replicates, self.cfg.seed, purpose)
+
+    def gather(
+        self, rows: Rows, function: Callable[[Tensor], Tensor], width: int, done: Callable[[int], None] = lambda _: None
+    ) -> tuple[Tensor, bool]:
+        """See :func:`evaluation.rows.gather`."""
+        return gather(rows, function, width, self.fabric, self.cfg.batch_size, done)
 
     def progress(self, title: str, total: int):
         """Shows progress on rank 0."""
@@ -243,7 +250,7 @@ def flow_record(setting: Setting) -> dict[str, Any]:
     flow = ProbabilityFlow(model)
     rows = setting.rows(cfg.probability_flow, "flow")
     with setting.progress("probability flow", len(rows)) as done:
-        values, _ = gather(rows, lambda x: flow.log_likelihood(x).unsqueeze(1), 1, setting.fabric, cfg.batch_size, done)
+        values, _ = setting.gather(rows, lambda x: flow.log_likelihood(x).unsqueeze(1), 1, done)
     summary = figure(values[..., 0], torch.arange(len(rows.order)))
     return {
         **flow.describe(),
@@ -277,8 +284,8 @@ def extra_lines(extra: dict[str, Any], model: LikelihoodModule) -> list[str]:
     lines = []
     if iwae := extra.get("iwae"):
         lines.append(
-            f"importance-weighted bound, K = {iwae['samples']}: {shown(iwae)}; {iwae['gap_to_elbo']['mean']:.3f} nats above the "
-            f"ELBO; {iwae['effective_samples']:.1f} effective samples"
+            f"importance-weighted bound, K = {iwae['samples']}: {shown(iwae)}; {iwae['gap_to_elbo']['mean']:.3f} nats above "
+            f"the ELBO; {iwae['effective_samples']:.1f} effective samples"
         )
     if flow := extra.get("probability_flow"):
         lines.append(f"probability flow: {shown(flow)} — {flow['protocol']}")

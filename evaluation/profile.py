@@ -9,10 +9,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from diffusion.control import DENOISERS, Control, level_frequencies
 from evaluation.rows import Rows, gather
 from lightning_modules import DDPMLightningModule
 
 STEPS = 64  # measured; what lies between is interpolated over ln t
+FIRST_DRAWS = 8  # of x_1 for each image
+LEAST_EFFECTIVE = 0.25  # of the draws must carry a cheap cost's second moment
+WORTHWHILE = 0.9  # of the second moment, at most, must be left by the control
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +26,8 @@ class StepMoments:
     Attributes:
         means: E[KL_t], (T - 1,), nats.
         root_mean_squares: √E[KL_t²], (T - 1,), nats.
+        residuals: √E[(KL_t - b_t c_t)²] with the control's factors b_t, (T - 1,), nats.
+        control: the control variates, with their factors.
         errors: E‖x_0 - x̂_0(x_t, t)‖²/D, (T - 1,), in [-1, 1] units squared.
         prior: E[KL(q(x_T|x_0) ‖ p(x_T))], nats.
         num_images: images measured on.
@@ -30,6 +36,8 @@ class StepMoments:
 
     means: Tensor
     root_mean_squares: Tensor
+    residuals: Tensor
+    control: Control
     errors: Tensor
     prior: float
     num_images: int
@@ -38,7 +46,7 @@ class StepMoments:
     @property
     def calls(self) -> int:
         """Network calls that this took, over all images."""
-        return self.num_images * self.num_steps
+        return self.num_images * (self.num_steps + FIRST_DRAWS)
 
 
 def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_size: int) -> StepMoments:
@@ -53,34 +61,77 @@ def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_
     last = model.num_steps
     spread = torch.logspace(math.log10(2), math.log10(last), STEPS, dtype=torch.float64).round().long()
     steps = spread.clamp(2, last).unique()
+    frequencies = None
+    if model.levels is not None:
+        frequencies = level_frequencies(rows.images.index_select(0, rows.order), model.levels)
+    control = Control(model.process, frequencies, torch.ones(last + 1, DENOISERS))
 
     def moments(x: Tensor) -> Tensor:
         x0 = model.to_unit(x)
-        columns = [model.process.prior_kl(x0).unsqueeze(1)]
+        many = x.repeat_interleave(FIRST_DRAWS, 0)
+        costs, x_1 = model.first_draws(many, x0.repeat_interleave(FIRST_DRAWS, 0))
+        columns = [model.process.prior_kl(x0), costs.view(len(x), -1), control.first_cost(many, x_1).view(len(x), -1)]
         for part in steps.to(x.device).split(max(1, batch_size // len(x))):
-            columns.append(torch.stack(model.step_errors(x0, part.expand(len(x), -1)), 2).flatten(1))
-        return torch.cat(columns, 1)
+            draws = model.step_draws(x0, part.expand(len(x), -1))
+            cheap = control.costs(draws.x0, draws.x_t, draws.t).view(*draws.kl.shape, -1)
+            columns.append(torch.cat([draws.kl[..., None], model.squared_errors(draws)[..., None], cheap], 2).flatten(1))
+        return torch.cat([column.reshape(len(x), -1) for column in columns], 1)
 
-    values, _ = gather(rows, moments, 1 + 2 * len(steps), fabric, max(1, batch_size // len(steps)), lambda _: None)
-    values = values[:, 0]
-    kls, errors = values[:, 1:].unflatten(1, (-1, 2)).unbind(2)
+    each = (2 + DENOISERS) * len(steps)
+    width = 1 + 2 * FIRST_DRAWS + each
+    values, _ = gather(rows, moments, width, fabric, max(1, batch_size // len(steps)), lambda _: None)
+    prior, costs, cheap_costs, rest = values[:, 0].split([1, FIRST_DRAWS, FIRST_DRAWS, each], 1)
+    kls, errors, *cheap = rest.unflatten(1, (len(steps), -1)).unbind(2)
+    cheap = torch.stack(cheap, 2)  # (n, S, 2)
     every = torch.arange(2, last + 1)
+    factors = torch.stack([_factors(kls[:, i], cheap[:, i]) for i in range(len(steps))])
+    every_factor = torch.zeros(last + 1, DENOISERS, dtype=torch.float64)
+    every_factor[2:] = torch.stack([_between(steps, factors[:, i], every, logarithms=False) for i in range(DENOISERS)], 1)
+    every_factor[1, 1] = _slope(costs, cheap_costs)
+    residuals = kls - (factors * cheap).sum(2)
     return StepMoments(
         means=_between(steps, kls.mean(0), every),
         root_mean_squares=_between(steps, kls.square().mean(0).sqrt(), every),
+        residuals=_between(steps, residuals.square().mean(0).sqrt(), every),
+        control=Control(model.process, frequencies, every_factor),
         errors=_between(steps, errors.mean(0), every),
-        prior=values[:, 0].mean().item(),
+        prior=prior.mean().item(),
         num_images=len(values),
         num_steps=len(steps),
     )
 
 
-def _between(steps: Tensor, values: Tensor, every: Tensor) -> Tensor:
-    """Interpolates positive values, in ln t and ln value: (S,), (S,), (T - 1,) -> (T - 1,)."""
-    log_steps, log_values = steps.double().log(), values.clamp(min=1e-30).log()
+def _factors(kls: Tensor, cheap: Tensor) -> Tensor:
+    """Returns the b ≥ 0 that leave least of E[(KL - b · c)²], what drawing t by importance pays for: (n,), (n, 2) -> (2,).
+
+    A cheap cost that is carried by a few of the n draws has moments that these draws do not show, and is left out.
+    """
+    power = cheap.square()
+    effective = power.sum(0).square() / power.square().sum(0).clamp(min=1e-300)
+    usable = [i for i in range(cheap.shape[1]) if effective[i] >= LEAST_EFFECTIVE * len(kls)]
+    best, least = torch.zeros(cheap.shape[1], dtype=cheap.dtype), kls.square().mean() * WORTHWHILE
+    for chosen in ([i] for i in usable) if len(usable) < 2 else ([0], [1], [0, 1]):
+        solution = torch.linalg.lstsq(cheap[:, chosen], kls[:, None]).solution[:, 0]
+        left = (kls - cheap[:, chosen] @ solution).square().mean()
+        if solution.isfinite().all() and (solution >= 0).all() and left < least:
+            best, least = torch.zeros_like(best).index_copy(0, torch.tensor(chosen), solution), left
+    return best
+
+
+def _slope(costs: Tensor, cheap: Tensor) -> float:
+    """Returns the b ≥ 0 that leaves least variance within an image of costs - b · cheap: (n, draws) each."""
+    costs, cheap = costs - costs.mean(1, keepdim=True), cheap - cheap.mean(1, keepdim=True)
+    slope = (costs * cheap).sum() / cheap.square().sum().clamp(min=1e-30)
+    return float(slope.clamp(min=0)) if slope.isfinite() else 0.0
+
+
+def _between(steps: Tensor, values: Tensor, every: Tensor, logarithms: bool = True) -> Tensor:
+    """Interpolates in ln t, and in ln value unless told otherwise: (S,), (S,), (T - 1,) -> (T - 1,)."""
     if len(steps) == 1:
         return values.expand(len(every)).clone()
+    place, heights = steps.double().log(), values.clamp(min=1e-30).log() if logarithms else values
     right = torch.searchsorted(steps, every).clamp(1, len(steps) - 1)
     left = right - 1
-    share = (every.double().log() - log_steps[left]) / (log_steps[right] - log_steps[left])
-    return torch.exp(log_values[left] + share * (log_values[right] - log_values[left]))
+    share = (every.double().log() - place[left]) / (place[right] - place[left])
+    heights = heights[left] + share * (heights[right] - heights[left])
+    return heights.exp() if logarithms else heights

@@ -9,12 +9,14 @@ reconstruction - prior - matching. T = 1 leaves a VAE's ELBO, with q(x_1|x_0) fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion, Parameterization, elbo, low_discrepancy, small
+from diffusion.control import Control
 from diffusion.step_profile import StepProfile, draw_steps
 from diffusion.weightings import StepTerms
 from lightning_modules.base import LikelihoodModule, build
@@ -22,6 +24,17 @@ from losses import DiagGaussian, Elbo, kl
 from losses.draws import global_batch, randn_like, stratified
 
 ROWS_PER_CALL = 256  # several steps of one image share a network batch until it has this many rows
+
+
+@dataclass(frozen=True, eq=False)
+class StepDraws:
+    """Drawn steps, K for each of B images, as rows (B·K, ...): x_0, x_t, t and the network's output; KL_t is (B, K), nats."""
+
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    output: Tensor
+    kl: Tensor
 
 
 def steps_per_call(batch: int) -> int:
@@ -77,7 +90,7 @@ class DDPMLightningModule(LikelihoodModule):
         """T."""
         return self.process.num_steps
 
-    def elbo(self, x: Tensor, calls: int | None = None, proposal: Tensor | None = None) -> Elbo:
+    def elbo(self, x: Tensor, calls: int | None = None, proposal: Tensor | None = None, control: Control | None = None) -> Elbo:
         """Returns an unbiased estimate of the bound, of the chain that :meth:`sample` draws from.
 
         Args:
@@ -85,13 +98,20 @@ class DDPMLightningModule(LikelihoodModule):
             calls: network calls for each image: one at t = 1, the rest at steps drawn by importance, weighted to stay
                 unbiased. ``None`` sums over every t with one noise draw for each.
             proposal: p_t for t = 0..T, (T + 1,), zero for t < 2; by default the one learned in training.
+            control: takes noise out of a few calls' estimate; not used when every t is summed.
         """
         x0 = self.to_unit(x)
         if calls is None or calls >= self.num_steps:
-            matching = self._every_step_kl(x0).sum(0)
+            matching, control = self._every_step_kl(x0).sum(0), None
         else:
-            matching = self._drawn_matching(x0, calls - 1, self.step_profile.proposal if proposal is None else proposal)
-        return Elbo(self._reconstruction(x, x0), self.process.prior_kl(x0), matching)
+            matching = self._drawn_matching(
+                x0, calls - 1, self.step_profile.proposal if proposal is None else proposal, control
+            )
+        reconstruction = self._reconstruction(x, x0, control)
+        if control is not None:
+            first, steps = control.totals(x)
+            reconstruction, matching = reconstruction - first, matching + steps
+        return Elbo(reconstruction, self.process.prior_kl(x0), matching)
 
     def three_variable_elbo(self, x: Tensor) -> Elbo:
         r"""Returns the bound in the consistency form, an unbiased estimate from one drawn chain and T network calls.
@@ -187,48 +207,52 @@ class DDPMLightningModule(LikelihoodModule):
         params = self.parameterization.likelihood_params(output, x_1, self.process, clip)
         return self.likelihood.log_prob(params, x)
 
-    def _reconstruction(self, x: Tensor, x0: Tensor) -> Tensor:
-        """Ln p(x_0|x_1) with one draw of x_1: (B,)."""
+    def _reconstruction(self, x: Tensor, x0: Tensor, control: Control | None = None) -> Tensor:
+        """Ln p(x_0|x_1) with one draw of x_1, and the control's c_1 of the same x_1: (B,)."""
+        cost, x_1 = self.first_draws(x, x0)
+        return -cost if control is None else control.first(x, x_1) - cost
+
+    def first_draws(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws x_1: (-ln p(x_0|x_1) (B,) nats, x_1 (B, C, H, W)) of x uint8 and x0 = unit(x)."""
         t = torch.ones(x.shape[0], dtype=torch.int64, device=x.device)
         x_1 = self.process.marginal(x0, t).sample()
-        return self._log_likelihood(self.network(x_1, t), x, x_1, self.clip)
+        return -self._log_likelihood(self.network(x_1, t), x, x_1, self.clip), x_1
 
     def _kl(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip: bool) -> Tensor:
         # t = 1 has no KL; a finite stand-in there keeps the gradient of the rows that are kept finite too
         return self.process.step_kl(x0, x_t, t.clamp(min=2), output, self.parameterization, clip)
 
-    def step_kls(self, x0: Tensor, t: Tensor) -> Tensor:
-        """Draws KL_t for each image and step, in one network batch: x0 (B, C, H, W), t (B, K) in 2..T -> (B, K), nats."""
-        x0, steps, x_t, output = self._predict(x0, t)
-        return self._kl(output, x0, x_t, steps, self.clip).view_as(t)
-
-    def step_errors(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws KL_t as :meth:`step_kls` does, and ‖x_0 - x̂_0(x_t, t)‖²/D of the same x_t: (B, K) each."""
-        x0, steps, x_t, output = self._predict(x0, t)
-        x0_hat = self.parameterization.x0(output, x_t, steps, self.process)
-        error = (x0 - (x0_hat.clamp(-1, 1) if self.clip else x0_hat)).square().flatten(1).mean(1)
-        return self._kl(output, x0, x_t, steps, self.clip).view_as(t), error.view_as(t)
-
-    def _predict(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Repeats x0 for its K steps, draws x_t and asks the network: rows (B·K, ...) of x0, t, x_t and output."""
+    def step_draws(self, x0: Tensor, t: Tensor) -> StepDraws:
+        """Draws x_t and KL_t for each image and step, in one network batch: x0 (B, C, H, W), t (B, K) in 2..T."""
         x0, steps = x0.repeat_interleave(t.shape[1], 0), t.flatten()
         x_t = self.process.marginal(x0, steps).sample()
-        return x0, steps, x_t, self.network(x_t, steps)
+        output = self.network(x_t, steps)
+        return StepDraws(x0, x_t, steps, output, self._kl(output, x0, x_t, steps, self.clip).view_as(t))
+
+    def squared_errors(self, draws: StepDraws) -> Tensor:
+        """Returns ‖x_0 - x̂_0(x_t, t)‖²/D of drawn steps, x̂_0 clamped as in the bound: (B, K)."""
+        x0_hat = self.parameterization.x0(draws.output, draws.x_t, draws.t, self.process)
+        error = (draws.x0 - (x0_hat.clamp(-1, 1) if self.clip else x0_hat)).square()
+        return error.flatten(1).mean(1).view_as(draws.kl)
 
     def _every_step_kl(self, x0: Tensor) -> Tensor:
         """KL_t for every t = 2..T: (T - 1, B)."""
         steps = torch.arange(2, self.num_steps + 1, device=x0.device)
         chunks = steps.split(steps_per_call(len(x0)))
-        kls = [self.step_kls(x0, chunk.expand(len(x0), -1)) for chunk in chunks if len(chunk)]
+        kls = [self.step_draws(x0, chunk.expand(len(x0), -1)).kl for chunk in chunks if len(chunk)]
         return torch.cat(kls, 1).T if kls else x0.new_zeros(0, len(x0))
 
-    def _drawn_matching(self, x0: Tensor, draws: int, proposal: Tensor) -> Tensor:
-        """Σ_t KL_t from ``draws`` steps an image: t ~ p_t, low-discrepancy over draws and batch, weighted 1/(draws · p_t)."""
+    def _drawn_matching(self, x0: Tensor, num: int, proposal: Tensor, control: Control | None) -> Tensor:
+        """Σ_t KL_t from ``num`` steps an image: t ~ p_t, low-discrepancy over draws and batch, weighted 1/(num · p_t)."""
         uniform = stratified(len(x0), x0.device).unsqueeze(1)
-        cells = (uniform + torch.arange(draws, device=x0.device)) / draws
-        t, probability = draw_steps(proposal, cells)
-        weight = (1 / (draws * probability)).to(x0.dtype)
-        chunks = zip(
-            t.split(max(1, ROWS_PER_CALL // len(x0)), 1), weight.split(max(1, ROWS_PER_CALL // len(x0)), 1), strict=True
-        )
-        return sum((w * self.step_kls(x0, steps)).sum(1) for steps, w in chunks)
+        t, probability = draw_steps(proposal, (uniform + torch.arange(num, device=x0.device)) / num)
+        weight = (1 / (num * probability)).to(x0.dtype)
+        together = max(1, ROWS_PER_CALL // len(x0))
+        total = x0.new_zeros(len(x0))
+        for steps, share in zip(t.split(together, 1), weight.split(together, 1), strict=True):
+            draws = self.step_draws(x0, steps)
+            values = draws.kl
+            if control is not None:
+                values = values - control.step(draws.x0, draws.x_t, draws.t).view_as(steps)
+            total = total + (share * values).sum(1)
+        return total

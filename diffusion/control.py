@@ -1,0 +1,121 @@
+r"""Control variates for a step's KL: the same step of two denoisers that cost no network call.
+
+Much of a step's noise needs no network to see. The first denoiser takes x_t at its word, \hat x = x_t/√ᾱ_t, so its error is
+the noise itself. The second, for pixels, knows how often each of the L levels occurs, π_ℓ, and takes every pixel alone:
+P_π(ℓ|x_t) ∝ π_ℓ \exp(-(x_t - √ᾱ_t ℓ)²/(2(1 - ᾱ_t))), whose error has the noise of pixels that lie between two levels.
+
+.. math::
+    c_t = ½ (a_t/σ_t)^2 ‖x_0 - \hat x(x_t)‖^2 \quad (t ≥ 2), \qquad c_1 = -\ln P_π(x_0 | x_1)
+
+with a_t the weight of x_0 in q's posterior mean, rises and falls with KL_t at the same x_t. Its mean over the noise is known:
+½ (a_t/σ_t)² D (1 - ᾱ_t)/ᾱ_t for the first; for the second a sum over pixels of a function of their level, by quadrature. So
+KL_t - b_t c_t + b_t E[c_t] has the mean of KL_t whatever b_t and π are, and often far less noise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffusion.parameterizations import Lattice
+from diffusion.process import GaussianDiffusion
+from losses import sum_except_batch, to_unit
+
+DENOISERS = 2
+REACH = 8.5  # standard deviations that the quadrature covers: what lies outside weighs 1e-17
+STEP, LEAST_STEP = 0.25, 0.02  # of the trapezium rule, as long as the second denoiser bends no faster than the noise
+
+
+def level_frequencies(images: Tensor, levels: int) -> Tensor:
+    """Returns how often each level occurs, (L,) float64, with half a count more for each so that none is impossible."""
+    counts = torch.bincount(images.flatten().long().cpu(), minlength=levels).double() + 0.5
+    return counts / counts.sum()
+
+
+class Control:
+    """b_t c_t and its mean.
+
+    Args:
+        process: the chain.
+        frequencies: π, (L,), positive; ``None`` for continuous data, which has the first denoiser alone.
+        factors: b_t of each denoiser for t = 0..T, (T + 1, 2); t = 1 has the second alone, and row 0 is not used.
+    """
+
+    def __init__(self, process: GaussianDiffusion, frequencies: Tensor | None, factors: Tensor) -> None:
+        self.process = process
+        self.lattice = None if frequencies is None else Lattice(len(frequencies))
+        self.log_frequencies = None if frequencies is None else frequencies.log().to(process.betas)
+        self.factors = factors.to(process.betas)
+        self.weights = 0.5 * torch.exp(2 * (process.posterior_x0.log() - process.log_reverse_std))
+        self._totals: tuple[Tensor, Tensor] | None = None
+
+    def _output(self, like: Tensor) -> Tensor:
+        """Returns ln π as a network's output for ``like`` (B, C, H, W): (B, L·C, H, W)."""
+        output = self.log_frequencies.to(like.dtype).repeat_interleave(like.shape[1]).view(1, -1, 1, 1)
+        return output.expand(len(like), -1, *like.shape[2:])
+
+    def costs(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Returns c_t of both denoisers, zero for one that is missing: x0, x_t (B, C, H, W), t (B,) in 2..T -> (B, 2), nats."""
+        word = sum_except_batch((x0 - x_t / self.process.at(self.process.sqrt_alpha_bar, t, x_t)).square())
+        alone = torch.zeros_like(word)
+        if self.lattice is not None:
+            alone = sum_except_batch((x0 - self.lattice.x0(self._output(x_t), x_t, t, self.process)).square())
+        return self.weights[t].to(word.dtype)[:, None] * torch.stack([word, alone], 1)
+
+    def first_cost(self, x: Tensor, x_1: Tensor) -> Tensor:
+        """Returns c_1: x uint8, x_1 (B, C, H, W) -> (B,), nats; zero for continuous data."""
+        if self.lattice is None:
+            return x_1.new_zeros(len(x_1))
+        params = self.lattice.likelihood_params(self._output(x_1), x_1, self.process, clip=False)
+        return -self.lattice.categorical.log_prob(params, x)
+
+    def step(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Returns b_t c_t, summed over the denoisers: (B,), nats."""
+        costs = self.costs(x0, x_t, t)
+        return (self.factors[t].to(costs.dtype) * costs).sum(1)
+
+    def first(self, x: Tensor, x_1: Tensor) -> Tensor:
+        """Returns b_1 c_1: (B,), nats."""
+        return self.factors[1, 1].to(x_1.dtype) * self.first_cost(x, x_1)
+
+    def totals(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (b_1 E[c_1], Σ_{t≥2} b_t E[c_t]) of images x (B, C, H, W): (B,) float64 each, nats."""
+        if self._totals is None:
+            self._totals = self._expectations()
+        first, steps = self._totals
+        index = torch.zeros_like(x, dtype=torch.int64) if self.lattice is None else x.long()
+        return sum_except_batch(first[index]), sum_except_batch(steps[index])
+
+    def _expectations(self) -> tuple[Tensor, Tensor]:
+        """Means of b_1 c_1 and Σ b_t c_t of one pixel, by its level: (L,) float64 each."""
+        process = self.process
+        word = self.factors[2:, 0] * self.weights[2:] * (process.noise_std[2:] / process.sqrt_alpha_bar[2:]).square()
+        levels = 1 if self.lattice is None else self.lattice.levels
+        first = process.betas.new_zeros(levels)
+        steps = word.sum().expand(levels).clone()
+        if self.lattice is None:
+            return first, steps
+        place = to_unit(torch.arange(levels, device=process.betas.device), levels).to(process.betas.dtype)
+        for t in (self.factors[:, 1] != 0).nonzero().flatten().tolist():
+            density, log_p = self._posteriors(t, place)
+            if t == 1:
+                own = log_p.diagonal(dim1=0, dim2=2).T  # ln P of the level that x_t came from: (L, nodes)
+                first = -self.factors[1, 1] * (own * density).sum(1)
+            elif t > 1:
+                error = (place[:, None] - log_p.exp() @ place).square()
+                steps += self.factors[t, 1] * self.weights[t] * (error * density).sum(1)
+        return first, steps
+
+    def _posteriors(self, t: int, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the nodes' weights (nodes,) and ln P_π(· | x_t) where x_t comes from each level: (L, nodes, L)."""
+        signal, noise = self.process.sqrt_alpha_bar[t], self.process.noise_std[t]
+        # x̂ bends over noise/gap standard deviations where the levels stand apart
+        bend = float(noise / (signal * (place[1] - place[0])))
+        step = min(STEP, max(LEAST_STEP, STEP * bend))
+        nodes = torch.linspace(-REACH, REACH, 1 + 2 * math.ceil(REACH / step), dtype=place.dtype, device=place.device)
+        density = torch.exp(-0.5 * nodes.square())
+        x_t = signal * place[:, None] + noise * nodes
+        logits = self.log_frequencies - 0.5 * ((x_t[..., None] - signal * place) / noise).square()
+        return density / density.sum(), logits.log_softmax(-1)
