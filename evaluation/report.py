@@ -55,7 +55,7 @@ def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
         "± standard errors: of other images (images), of another seed (noise)",
         caption_justify="left",
     )
-    unit = "nats per image" if model.levels is not None else "nats (log-density)"
+    unit = "nats/image" if model.levels is not None else "nats (log-density)"
     scaled = model.levels is not None
     scale = nats_to_bits_per_dim(1.0, model.num_dims) if scaled else 1.0
     headings = ["term of −ELBO", unit, *(["bits/dim"] if scaled else []), "± images", "± noise"]

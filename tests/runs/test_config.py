@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -34,7 +35,7 @@ NEEDS = {
 def choices():
     for path in sorted(CONF.rglob("*.yaml")):
         group = path.parent.relative_to(CONF).as_posix()
-        if group not in (".", "experiment") and not group.startswith("recipe"):
+        if group not in (".", "experiment", "evaluation") and not group.startswith("recipe"):
             yield f"{group}={path.stem}"
 
 
@@ -54,6 +55,13 @@ def test_every_choice_builds_its_model_and_data(choice, tmp_path):
     for part in cfg.callbacks.values():
         instantiate(part, _convert_="all")
     instantiate(cfg.trainer, _convert_="all", accelerator="cpu", logger=False)
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "evaluation").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_estimator_composes_and_builds(path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("evaluate", ["run=somewhere", f"evaluation={path.stem}"])
+    assert instantiate(cfg.evaluation, _convert_="all").name == path.stem
 
 
 @pytest.mark.parametrize("model", ["vae", "mhvae", "ddpm"])
