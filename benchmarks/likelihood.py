@@ -144,8 +144,8 @@ def main() -> None:
         "# What a DDPM's bits/dim costs",
         "",
         "Written by `python -m benchmarks.likelihood`: digits' test images, a small MLP on a CPU; times are medians and only",
-        "their ratios mean anything. All estimators are unbiased for one number. *Calls for the loop's noise*: network calls an",
-        "image after which the Monte-Carlo standard error is the loop's.",
+        "their ratios mean anything. All estimators are unbiased for one number. *Calls for the loop's noise*: network calls",
+        "an image after which the Monte-Carlo standard error is the loop's.",
     ]
     for name, model in models.items():
         print(name, flush=True)

@@ -1,0 +1,89 @@
+"""Control variates must have the mean they claim: any error in it is a bias of the bound."""
+
+import math
+
+import pytest
+import torch
+from scipy.integrate import quad
+
+from diffusion import GaussianDiffusion, Lattice, cosine, linear, log_snr_linear
+from diffusion.control import DENOISERS, Control, level_frequencies
+from lightning_modules import DDPMLightningModule
+from losses import to_unit
+from tests.lightning_modules.test_ddpm import Tiny
+
+SCHEDULES = {"linear": linear, "log_snr_linear": log_snr_linear, "cosine": cosine}
+
+
+def only(process, t, denoiser):
+    factors = torch.zeros(process.num_steps + 1, DENOISERS)
+    factors[t, denoiser] = 1.0
+    return factors
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("t", [1, 2, 10, 40])
+def test_expectations_of_single_pixels_against_adaptive_quadrature(levels, schedule, t):
+    process = GaussianDiffusion(SCHEDULES[schedule](40))
+    frequencies = torch.rand(levels, dtype=torch.float64) + 0.05
+    frequencies /= frequencies.sum()
+    control = Control(process, frequencies, only(process, t, 1))
+    place = to_unit(torch.arange(levels), levels).double()
+    signal, noise = process.sqrt_alpha_bar[t].item(), process.noise_std[t].item()
+    for level in sorted({0, levels // 2, levels - 1}):
+
+        def cost(e, level=level):
+            log_p = (frequencies.log() - 0.5 * ((signal * place[level] + noise * e - signal * place) / noise) ** 2).log_softmax(
+                0
+            )
+            if t == 1:
+                return -log_p[level].item()
+            return control.weights[t].item() * (place[level] - (log_p.exp() * place).sum()).item() ** 2
+
+        expected, _ = quad(
+            lambda e: cost(e) * math.exp(-e * e / 2) / math.sqrt(2 * math.pi), -8.5, 8.5, limit=400, epsabs=1e-11
+        )
+        pixel = torch.full((1, 1, 1, 1), level, dtype=torch.uint8)
+        first, steps = control.totals(pixel)
+        assert (first if t == 1 else steps).item() == pytest.approx(expected, rel=1e-7, abs=1e-10)
+
+
+@pytest.mark.parametrize("denoiser", [0, 1])
+def test_costs_average_to_their_totals(denoiser):
+    process = GaussianDiffusion(log_snr_linear(20))
+    x = torch.randint(0, 17, (1, 3, 4, 4)).to(torch.uint8)
+    x0 = to_unit(x, 17).expand(40_000, -1, -1, -1)
+    for t in (2, 7, 20):
+        control = Control(process, level_frequencies(x, 17), only(process, t, denoiser))
+        steps = torch.full((40_000,), t)
+        costs = control.step(x0, process.marginal(x0, steps).sample(), steps).double()
+        assert abs(costs.mean() - control.totals(x)[1].item()) < 4.5 * costs.std() / 200
+
+
+def test_continuous_data_has_the_first_denoiser_alone():
+    process = GaussianDiffusion(cosine(10))
+    control = Control(process, None, torch.ones(11, DENOISERS))
+    x = torch.randn(5, 1, 2, 2)
+    t = torch.full((5,), 4)
+    costs = control.costs(x, process.marginal(x, t).sample(), t)
+    assert (costs[:, 0] > 0).all()
+    assert (costs[:, 1] == 0).all()
+    assert control.first_cost(x, x).eq(0).all()
+    assert control.totals(x)[1].unique().numel() == 1
+
+
+@pytest.mark.parametrize("factor", [0.7, -3.0])
+def test_any_factors_leave_the_bound_unbiased(factor):
+    """Right factors save calls; wrong ones only cost them."""
+    torch.manual_seed(0)
+    model = DDPMLightningModule(Tiny(1, 17), log_snr_linear, 30, Lattice(17), image_shape=(1, 4, 4), levels=17)
+    x = torch.randint(0, 17, (1, 1, 4, 4)).to(torch.uint8).expand(4000, -1, -1, -1)
+    control = Control(model.process, torch.full((17,), 1 / 17), torch.full((31, DENOISERS), factor))
+    with torch.no_grad():
+        exact = torch.cat([model.elbo(x[:500]).value for _ in range(8)]).double()
+        drawn = model.elbo(x, 5, control=control).value.double()
+        plain = model.elbo(x, 5).value.double()
+    error = math.hypot(drawn.std() / len(drawn) ** 0.5, exact.std() / len(exact) ** 0.5)
+    assert abs(drawn.mean() - exact.mean()) < 4 * error
+    assert (drawn.std() < plain.std()) == (factor > 0)
