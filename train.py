@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import hydra
 from omegaconf import DictConfig
@@ -15,22 +16,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Runs one job; returns the test bits/dim (nats for continuous data), which sweepers minimise."""
-    import sys
-
+    """Runs one job; returns its best validation bits/dim (nats for continuous data), which sweepers minimise."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from runs.build import SettingError
     from runs.job import run
+    from runs.sweep import run_in_sweep
 
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_in_sweep(cfg, run)
     try:
         return run(cfg)
     except SettingError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
+    from runs.identity import is_sweep, with_sweep_directory
+
+    sys.argv = with_sweep_directory(sys.argv)
     main()
+    if is_sweep(sys.argv):
+        from runs.sweep import SweepReport
+
+        sys.exit(int(SweepReport.failed))

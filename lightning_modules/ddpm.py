@@ -247,7 +247,7 @@ class DDPMLightningModule(LikelihoodModule):
         uniform = stratified(len(x0), x0.device).unsqueeze(1)
         t, probability = draw_steps(proposal, (uniform + torch.arange(num, device=x0.device)) / num)
         weight = (1 / (num * probability)).to(x0.dtype)
-        together = max(1, ROWS_PER_CALL // len(x0))
+        together = steps_per_call(len(x0))
         total = x0.new_zeros(len(x0))
         for steps, share in zip(t.split(together, 1), weight.split(together, 1), strict=True):
             draws = self.step_draws(x0, steps)

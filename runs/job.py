@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ from rich.console import Console
 from callbacks import EMA, RunCheckpoint
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
+from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
 from runs.directory import CONFIG, FORMAT, RESULT, claim, find_checkpoint, read_checkpoint, same_model
 from runs.report import result_record, table
@@ -33,7 +35,8 @@ def run(cfg: DictConfig) -> float:
     """Runs the job that ``cfg`` describes, in Hydra's output directory.
 
     Returns:
-        The test figure: bits/dim, or -ELBO in nats for continuous data.
+        The best validation figure, what sweepers minimise (the test set chooses nothing): bits/dim, or -ELBO in nats for
+        continuous data.
 
     Raises:
         SettingError: for a setting that cannot work, before training.
@@ -54,9 +57,10 @@ def run(cfg: DictConfig) -> float:
             OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
         say(trainer, f"{describe(cfg, model, datamodule)}\nrun directory: {directory}")
         fit(trainer, model, datamodule, checkpoint, directory)
-        figure = test(trainer, model, datamodule, directory, cfg, started)
+        best = objective(trainer, model)
+        test(trainer, model, datamodule, directory, cfg, started, best)
         failed = False
-        return figure
+        return best
     finally:
         finish_wandb(failed)
 
@@ -72,6 +76,7 @@ def quiet_libraries() -> None:
         ".*LeafSpec.*",
         ".*smaller than the logging interval.*",
         ".*exists and is not empty.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric has reduced over ranks already
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -186,10 +191,30 @@ def resume_command(directory: Path) -> str:
     return shlex.join(["python", sys.argv[0], *overrides, f"hydra.run.dir={directory}", "ckpt=last"])
 
 
+def objective(trainer: Trainer, model: LikelihoodModule) -> float:
+    """Returns the best validation figure of the run; the last one if no checkpoint was kept; NaN if there was no validation."""
+    elbo = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    elbo = trainer.callback_metrics.get("val/elbo") if elbo is None else elbo
+    if elbo is None:
+        return math.nan
+    if not math.isfinite(elbo):
+        raise SettingError(
+            f"training diverged: val/elbo is {float(elbo)} after {trainer.global_step} steps; lower model.optimizer.lr, or "
+            "keep trainer.gradient_clip_val"
+        )
+    return -float(elbo) if model.levels is None else nats_to_bits_per_dim(-float(elbo), model.num_dims)
+
+
 def test(
-    trainer: Trainer, model: LikelihoodModule, datamodule: LightningDataModule, directory: Path, cfg: DictConfig, started: float
-) -> float:
-    """Tests the best weights, writes result.json, prints the table, and returns the figure."""
+    trainer: Trainer,
+    model: LikelihoodModule,
+    datamodule: LightningDataModule,
+    directory: Path,
+    cfg: DictConfig,
+    started: float,
+    best_figure: float,
+) -> None:
+    """Tests the best weights, writes result.json and prints the table."""
     train_seconds, step = time.monotonic() - started, trainer.global_step
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
@@ -206,11 +231,10 @@ def test(
         "precision": str(trainer.precision),
         "seconds": {"train": round(train_seconds, 2), "total": round(time.monotonic() - started, 2)},
     }
-    record = result_record(metrics, model.num_dims, model.levels, **facts)
+    record = result_record(metrics, model.num_dims, model.levels, objective=best_figure, **facts)
     write_result(record, directory)
     if trainer.is_global_zero:
         Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, step {step}"))
-    return metrics["test/bpd"] if model.levels is not None else -metrics["test/elbo"]
 
 
 @rank_zero_only

@@ -1,0 +1,65 @@
+"""Which job a config describes: the same whatever its paths and names are, so that a sweep finds its jobs again.
+
+Imports no torch: entry points name a sweep's directory before anything is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+DEFINES = ("model", "data", "trainer", "callbacks", "seed")  # what a job's figures depend on; loggers and paths are not in it
+INCIDENTAL = {"data": ("root", "download"), "trainer": ("enable_progress_bar",), "callbacks": ("pictures", "progress")}
+MULTIRUN = {"-m", "--multirun"}
+
+
+def identity(cfg: DictConfig) -> str:
+    """Returns eight hexadecimal digits of a hash of the resolved config without paths and names."""
+    parts = {}
+    for name in DEFINES:
+        node = cfg[name]
+        if not isinstance(node, DictConfig):
+            parts[name] = node
+            continue
+        kept = {key for key in node if key not in INCIDENTAL.get(name, ())}
+        parts[name] = {
+            key: OmegaConf.to_container(node[key], resolve=True) if OmegaConf.is_config(node[key]) else node[key]
+            for key in kept
+        }
+    return _digest(json.dumps(parts, sort_keys=True, default=str))
+
+
+def job_name(cfg: DictConfig) -> str:
+    """Returns the name of a job's directory in its sweep: model, data, seed and identity."""
+    choices = HydraConfig.get().runtime.choices
+    return f"{choices.model}-{choices.data}-s{cfg.seed}-{identity(cfg)}"
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether a command line starts a sweep."""
+    return bool(MULTIRUN & set(arguments))
+
+
+def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
+    """Adds the directory of a sweep to a command line: one that the same sweep finds again.
+
+    Single runs, and sweeps whose directory is given, stay as they are. Launchers, how many jobs run at once and what is done
+    with jobs of an earlier try do not make another sweep.
+    """
+    arguments = list(arguments)
+    if not is_sweep(arguments) or any(item.startswith("hydra.sweep.dir=") for item in arguments):
+        return arguments
+    incidental = ("-", "hydra/launcher=", "hydra.launcher.", "sweep.", "paths.", "logger", "hydra.sweeper.n_trials=")
+    what = sorted(item for item in arguments[1:] if not item.lstrip("+~").startswith(incidental))
+    varied = [item.split("=")[0].lstrip("+~").replace("/", ".").split(".")[-1] for item in what if re.search(r"=.*[,(]", item)]
+    name = "-".join([*varied, _digest("\n".join(what))])
+    return [*arguments, f"hydra.sweep.dir=${{paths.output_dir}}/sweeps/{name}"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,172 @@
+"""Jobs of a sweep: found again by their identity, skipped when done, continued when interrupted."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
+from rich.console import Console
+from rich.table import Table
+
+from runs.directory import LAST, RESULT
+from runs.identity import job_name
+from runs.relaunch import one_job
+
+STATE = "job.json"
+ENTRY = Path(__file__).resolve().parents[1] / "train.py"
+PLANS = {  # what happens with a job in each state
+    "done": "skipped",
+    "failed": "tried again",
+    "interrupted": "continued",
+    "started": "started again",
+    "new": "to run",
+}
+
+
+def read_state(directory: Path) -> tuple[str, str]:
+    """Returns (state, reason): done, failed, interrupted (there is a checkpoint), started (there is none) or new."""
+    if (directory / RESULT).is_file():
+        return "done", ""
+    try:
+        written = json.loads((directory / STATE).read_text())
+    except (OSError, ValueError):
+        written = {}
+    if written.get("status") == "failed":
+        return "failed", str(written.get("reason", ""))
+    if (directory / LAST).is_file():
+        return "interrupted", ""
+    return ("started" if directory.is_dir() else "new"), ""
+
+
+def write_state(directory: Path, status: str, overrides: Sequence[str], reason: str = "") -> None:
+    """Writes job.json at once, so that a killed job leaves a whole one."""
+    record = {"status": status, "reason": reason, "overrides": list(overrides), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    draft = directory / f"{STATE}.tmp"
+    draft.write_text(json.dumps(record, indent=2) + "\n")
+    draft.replace(directory / STATE)
+
+
+def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float | None:
+    """Runs one job of a sweep, or does not: what was done is skipped, what was interrupted goes on.
+
+    Args:
+        cfg: the job's config.
+        run: what a single run does with it.
+
+    Returns:
+        The job's objective; ``None`` for a job that failed, which ends neither the sweep nor the other jobs.
+    """
+    hydra = HydraConfig.get()
+    sweep, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    directory = sweep / job_name(cfg)
+    state, reason = read_state(directory)
+    if cfg.sweep.fresh and directory.exists():
+        _move_aside(directory)
+        state = "new"
+    if state == "done":
+        return json.loads((directory / RESULT).read_text()).get("objective")
+    if state == "failed" and not cfg.sweep.retry_failed:
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    write_state(directory, "running", overrides)
+    with flag_override(hydra, ["readonly", "struct"], False):
+        hydra.runtime.output_dir = str(directory)
+    resumed = (directory / LAST).is_file() and cfg.ckpt is None
+    with open_dict(cfg):
+        cfg.ckpt = "last" if resumed else cfg.ckpt
+        _name_in_wandb(cfg, sweep, directory, overrides)
+    try:
+        with one_job(ENTRY, directory, ("ckpt=last",) if resumed else ()):
+            objective = run(cfg)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        (directory / "error.txt").write_text(traceback.format_exc())
+        write_state(directory, "failed", overrides, f"{type(error).__name__}: {reason}"[:500])
+        print(f"job {directory.name} failed: {reason[:300]} (see {directory / 'error.txt'})", flush=True)
+        return None
+    write_state(directory, "done", overrides)
+    return objective
+
+
+def varied(overrides: Sequence[str], sweep: Path) -> list[str]:
+    """Returns the overrides of a job that other jobs of the sweep do not share."""
+    try:
+        common = OmegaConf.load(sweep / "multirun.yaml").hydra.overrides.task
+    except (OSError, AttributeError):
+        return list(overrides)
+    return [item for item in overrides if item not in common]
+
+
+def _name_in_wandb(cfg: DictConfig, sweep: Path, directory: Path, overrides: Sequence[str]) -> None:
+    """One W&B group for the sweep, one run for the job, tagged by what varies."""
+    if not cfg.logger or "group" not in cfg.logger:
+        return
+    given = {item.lstrip("+").split("=")[0] for item in overrides}
+    tags = [item[-64:] for item in varied(overrides, sweep)]  # W&B takes 64 characters
+    named = {"logger.group": sweep.name, "logger.name": directory.name, "logger.tags": tags}
+    for key, value in named.items():
+        if key not in given:
+            OmegaConf.update(cfg, key, value)
+
+
+def _move_aside(directory: Path) -> None:
+    number = 1
+    while (kept := directory.with_name(f"{directory.name}-before-{number}")).exists():
+        number += 1
+    directory.rename(kept)
+
+
+class SweepReport(Callback):
+    """Says before a grid sweep what will happen with each job, and after any sweep what became of them.
+
+    Attributes:
+        failed: whether a job of the last sweep in this process is not done: then the exit code is not 0.
+    """
+
+    failed: ClassVar[bool] = False
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints the plan. Sweepers that choose as they go have none."""
+        self.directory = Path(str(config.hydra.sweep.dir))
+        if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+            return
+        table = Table(title=f"sweep in {self.directory}", title_justify="left")
+        for heading in ("job", "state", "plan"):
+            table.add_column(heading)
+        for overrides in grid(list(config.hydra.overrides.task)):
+            cfg = compose(config.hydra.job.config_name, overrides=overrides, return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            state, _ = read_state(self.directory / job_name(cfg))
+            plan = "started again, the earlier one kept" if cfg.sweep.fresh and state != "new" else PLANS[state]
+            if state == "failed" and not cfg.sweep.retry_failed and not cfg.sweep.fresh:
+                plan = "left alone"
+            table.add_row(" ".join(item for item in overrides if item not in config.hydra.overrides.task), state, plan)
+        Console().print(table)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints what was done and what failed, with its reason."""
+        states = {path.parent: read_state(path.parent) for path in sorted(self.directory.glob(f"*/{STATE}"))}
+        SweepReport.failed = any(state != "done" for state, _ in states.values())
+        done = sum(state == "done" for state, _ in states.values())
+        print(f"sweep: {done} of {len(states)} jobs done in {self.directory}", flush=True)
+        for directory, (state, reason) in states.items():
+            if state != "done":
+                print(f"  {state}: {directory.name}  {reason}", flush=True)
+
+
+def grid(overrides: Sequence[str]) -> list[list[str]]:
+    """Returns the jobs of a grid sweep, as Hydra's basic sweeper has them."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    return jobs
