@@ -91,7 +91,7 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     rows = setting.rows(replicates, "bound")
     title = f"{cfg.split} set: {len(rows.order)} images x {replicates} replicates x {prepared.calls} network calls"
     with setting.progress(title, len(rows)) as done:
-        terms, interrupted = setting.gather(rows, lambda x: terms_of(prepared.estimate(x)), 3, done)
+        terms, interrupted = setting.gather(rows, lambda x: terms_of(prepared.estimate(x)), 3, done, partial=True)
     finished = ~terms.isnan().flatten(1).any(1) if interrupted else torch.ones(len(terms), dtype=torch.bool)
     if finished.sum() < 2:
         raise SettingError("interrupted before two images were finished: nothing to report")

@@ -114,9 +114,10 @@ class ProbabilityFlow:
 
     def _drift(self, x: Tensor, log_snr: float, signs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns dx/dλ (B, C, H, W) and its divergence (B,), float64."""
-        moment = _Moment.at_log_snr(log_snr, x.device)
-        t = torch.full((len(x),), float(self.time(log_snr)), device=x.device).clamp(1, self.model.num_steps)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # tensors of inference mode cannot be differentiated
+            moment = _Moment.at_log_snr(log_snr, x.device)
+            t = torch.full((len(x),), float(self.time(log_snr)), device=x.device).clamp(1, self.model.num_steps)
+            x, signs = x.clone(), signs.clone()
             inputs = x.clone().requires_grad_()
             narrow = inputs.to(torch.promote_types(torch.float32, self.model.dtype))
             noise = self.model.parameterization.epsilon(self.model.network(narrow, t), narrow, t, moment).double()

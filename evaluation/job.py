@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evaluation.balance import LevelBalance, measure_levels
 from evaluation.estimate import Bound, estimate_bound
+from evaluation.estimators import Estimator
 from evaluation.flow import ProbabilityFlow
 from evaluation.importance_weighted import importance_weighted
 from evaluation.pictures import draw_images, draw_rate_distortion, draw_steps, draw_units
@@ -54,10 +55,15 @@ class Setting:
         return Rows.of_split(self.images, limit, replicates, self.cfg.seed, purpose)
 
     def gather(
-        self, rows: Rows, function: Callable[[Tensor], Tensor], width: int, done: Callable[[int], None] = lambda _: None
+        self,
+        rows: Rows,
+        function: Callable[[Tensor], Tensor],
+        width: int,
+        done: Callable[[int], None] = lambda _: None,
+        partial: bool = False,
     ) -> tuple[Tensor, bool]:
         """See :func:`evaluation.rows.gather`."""
-        return gather(rows, function, width, self.fabric, self.cfg.batch_size, done)
+        return gather(rows, function, width, self.fabric, self.cfg.batch_size, done, partial)
 
     def progress(self, title: str, total: int):
         """Shows progress on rank 0."""
@@ -80,10 +86,7 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
     chosen = choose_weights(cfg.weights, saved)
     estimator = build_part(cfg.evaluation)
     model = saved.model()
-    try:
-        estimator.check(model)
-    except ValueError as error:
-        raise SettingError(str(error)) from None
+    check_model(cfg, estimator, model)
     datamodule = saved.data(cfg.data_root)
     saved.load(model, chosen[0])
     fabric = build_fabric(cfg.fabric)
@@ -93,17 +96,27 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
     for weights in chosen:
         saved.load(model, weights)
         setting = Setting(cfg, model, TestImages.of(datamodule, cfg.split), fabric)
-        bound = estimate_bound(setting, estimator)
+        try:
+            bound = estimate_bound(setting, estimator)
+        except KeyboardInterrupt:
+            raise SettingError("interrupted before the evaluation proper had begun: nothing to report") from None
         interrupted = bound.interrupted
         results[weights] = bound_record(bound, model)
         say(fabric, bound_table(bound, model, f"{cfg.split} set, {weights} weights, step {saved.content.get('global_step')}"))
         if interrupted:
             break
-        extra, drawn = extras(setting, bound)
+        extra: dict[str, Any] = {}
+        try:
+            drawn = extras(setting, bound, extra)
+            pictures |= drawn if weights == chosen[0] else {}
+        except KeyboardInterrupt:
+            interrupted = True
         results[weights] |= extra
-        pictures |= drawn if weights == chosen[0] else {}
         for line in extra_lines(extra, model):
             say(fabric, line)
+        if interrupted:
+            say(fabric, "interrupted: the rest of what was asked for is left out")
+            break
     if fabric.is_global_zero:
         record = evaluation_record(cfg, saved, datamodule, results, fabric, interrupted, time.monotonic() - started)
         path = write_new(saved.directory, record, pictures)
@@ -129,7 +142,7 @@ def check_settings(cfg: DictConfig) -> None:
         )
     if cfg.split not in ("train", "val", "test"):
         raise SettingError(f"split={cfg.split} is unknown: choose train, val or test")
-    if not cfg.precision > 0:
+    if isinstance(cfg.precision, bool) or not isinstance(cfg.precision, (int, float)) or not cfg.precision > 0:
         raise SettingError(
             f"precision={cfg.precision} must be above 0: it is the wished standard error of the noise, in bits/dim"
         )
@@ -140,6 +153,16 @@ def check_settings(cfg: DictConfig) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise SettingError(f"{name}={value}: give an integer of at least {minimum}")
+
+
+def check_model(cfg: DictConfig, estimator: Estimator, model: LikelihoodModule) -> None:
+    """Refuses what this family of models does not have."""
+    try:
+        estimator.check(model)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+    if cfg.probability_flow and not isinstance(model, DDPMLightningModule):
+        raise SettingError(f"probability_flow={cfg.probability_flow} is for DDPM, but this run is a {type(model).__name__}")
 
 
 def choose_weights(wished: str | None, saved: SavedRun) -> list[str]:
@@ -183,10 +206,9 @@ class TestImages:
         return self.images.index_select(dim, index)
 
 
-def extras(setting: Setting, bound: Bound) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Works out what was asked for beside the bound: (records for evaluation.json, {name: figure})."""
+def extras(setting: Setting, bound: Bound, records: dict[str, Any]) -> dict[str, Any]:
+    """Works out what was asked for beside the bound, adding each to ``records`` when it is finished: {name: figure}."""
     cfg, model = setting.cfg, setting.model
-    records: dict[str, Any] = {}
     if cfg.iwae_samples:
         records["iwae"] = iwae_record(setting, bound)
     if cfg.probability_flow:
@@ -195,9 +217,7 @@ def extras(setting: Setting, bound: Bound) -> tuple[dict[str, Any], dict[str, An
     if cfg.balance and hasattr(model, "levels_of"):
         levels, aggregate = measure_levels(model, setting.rows(BALANCE_DRAWS, "balance"), setting.fabric, cfg.batch_size)
         records["balance"] = {"levels": [level_record(level) for level in levels], **aggregate}
-    if not cfg.pictures or not setting.fabric.is_global_zero:
-        return records, {}
-    return records, draw(setting, bound, levels)
+    return draw(setting, bound, levels) if cfg.pictures and setting.fabric.is_global_zero else {}
 
 
 def draw(setting: Setting, bound: Bound, levels: list[LevelBalance]) -> dict[str, Any]:
@@ -245,8 +265,6 @@ def iwae_record(setting: Setting, bound: Bound) -> dict[str, Any]:
 def flow_record(setting: Setting) -> dict[str, Any]:
     """Works out the probability flow's likelihood, ``probability_flow`` dequantisations an image."""
     cfg, model = setting.cfg, setting.model
-    if not isinstance(model, DDPMLightningModule):
-        raise SettingError(f"probability_flow={cfg.probability_flow} is for DDPM, but this run is a {type(model).__name__}")
     flow = ProbabilityFlow(model)
     rows = setting.rows(cfg.probability_flow, "flow")
     with setting.progress("probability flow", len(rows)) as done:

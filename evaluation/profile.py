@@ -79,7 +79,7 @@ def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_
 
     each = (2 + DENOISERS) * len(steps)
     width = 1 + 2 * FIRST_DRAWS + each
-    values, _ = gather(rows, moments, width, fabric, max(1, batch_size // len(steps)), lambda _: None)
+    values, _ = gather(rows, moments, width, fabric, max(1, batch_size // len(steps)))
     prior, costs, cheap_costs, rest = values[:, 0].split([1, FIRST_DRAWS, FIRST_DRAWS, each], 1)
     kls, errors, *cheap = rest.unflatten(1, (len(steps), -1)).unbind(2)
     cheap = torch.stack(cheap, 2)  # (n, S, 2)

@@ -93,22 +93,36 @@ def over_batches(
 
 
 def gather(
-    rows: Rows, function: Callable[[Tensor], Tensor], width: int, fabric: Fabric, batch_size: int, done: Callable[[int], None]
+    rows: Rows,
+    function: Callable[[Tensor], Tensor],
+    width: int,
+    fabric: Fabric,
+    batch_size: int,
+    done: Callable[[int], None] = lambda _: None,
+    partial: bool = False,
 ) -> tuple[Tensor, bool]:
     """Returns (values (N, R, width) float64, whether Ctrl-C cut it short).
 
-    After Ctrl-C, images that were not finished are NaN, and so are those of other ranks, which cannot be asked any more.
+    Args:
+        rows: what is evaluated.
+        function: images (b, C, H, W) -> (b, width).
+        width: numbers for each row.
+        fabric: see :func:`over_batches`.
+        batch_size: rows at once.
+        done: see :func:`over_batches`.
+        partial: returns what was finished after Ctrl-C, instead of passing the interrupt on. The other rows are NaN, those
+            of other ranks too, which cannot be asked any more.
     """
     values = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
-    interrupted = False
+    computed = torch.zeros(len(rows), dtype=torch.bool)
     try:
-        for numbers, computed in over_batches(rows, function, fabric, batch_size, done):
-            values[numbers] = computed
+        for numbers, found in over_batches(rows, function, fabric, batch_size, done):
+            values[numbers], computed[numbers] = found, True
     except KeyboardInterrupt:
-        interrupted = True
-    if fabric.world_size > 1 and not interrupted:
-        mine = values.isfinite() | ~values.isnan()
-        total = fabric.all_reduce(torch.where(mine, values, 0.0), reduce_op="sum")
-        missing = fabric.all_reduce((~mine).double(), reduce_op="sum") == fabric.world_size
-        values = torch.where(missing, torch.nan, total)
-    return values.view(len(rows.order), rows.replicates, width), interrupted
+        if not partial:
+            raise
+        return values.view(len(rows.order), rows.replicates, width), True
+    if fabric.world_size > 1:
+        # every row was computed on one rank
+        values = fabric.all_reduce(torch.where(computed[:, None], values, 0.0), reduce_op="sum").cpu()
+    return values.view(len(rows.order), rows.replicates, width), False

@@ -74,16 +74,16 @@ class SavedRun:
         Raises:
             SettingError: naming the object, and how to allow a package of one's own.
         """
-        for target in _targets(self.content["config"]):
-            package, _, name = str(target).rpartition(".")
+        for target in _targets(self.content["config"], self.path):
+            package, _, name = target.rpartition(".")
             if package in OWN and name in importlib.import_module(package).__all__:
                 continue
             if package == "torch.optim" and isinstance(getattr(torch.optim, name, None), type):
                 continue
-            if str(target).split(".")[0] not in self.packages:
+            if target.split(".")[0] not in self.packages:
                 raise SettingError(
                     f"run={self.path} names {target}, which is not part of this framework and would be run: if you trust it, "
-                    f"add packages=[{str(target).split('.')[0]}]"
+                    f"add packages=[{target.split('.')[0]}]"
                 )
 
     def data(self, root: str | None = None) -> LightningDataModule:
@@ -112,12 +112,19 @@ class SavedRun:
             ) from None
 
 
-def _targets(config: Any) -> Iterator[Any]:
+def _targets(config: Any, path: Path) -> Iterator[str]:
+    """Yields what a config would have built, wherever it stands; refuses text that would turn into more when it is read."""
     if isinstance(config, dict):
         if "_target_" in config:
-            yield config["_target_"]
-        for value in config.values():
-            yield from _targets(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from _targets(value)
+            yield str(config["_target_"])
+        for part in (*config.keys(), *config.values()):
+            yield from _targets(part, path)
+    elif isinstance(config, (list, tuple)):
+        for part in config:
+            yield from _targets(part, path)
+    elif isinstance(config, str) and "${" in config:
+        raise SettingError(
+            f"run={path} has an interpolation in its config ({config[:60]}), which no run of this framework writes"
+        )
+    elif config is not None and not isinstance(config, (str, int, float)):
+        raise SettingError(f"run={path} has a {type(config).__name__} in its config, where only plain values belong")

@@ -50,5 +50,6 @@ def figure(values: Tensor, groups: Tensor) -> Figure:
         _, index = groups.unique(return_inverse=True)
         sums = torch.zeros(int(index.max()) + 1, replicates, dtype=values.dtype).index_add_(0, index, values)
         noise = (sums.var(1).sum() / replicates).sqrt().item() / num
-    images = math.sqrt(max(0.0, se**2 - noise**2)) if replicates > 1 else se
+    known = replicates > 1 and num > 1
+    images = math.sqrt(max(0.0, se**2 - noise**2)) if known else se
     return Figure(per_image.mean().item(), se, images, noise, num)

@@ -114,6 +114,8 @@ def randn_like(x: Tensor) -> Tensor:
 
 def rand(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Draws U[0, 1) of ``shape`` (B, *)."""
+    if _own is not None:
+        return _row_by_row(lambda row, generator: row.uniform_(generator=generator), shape, dtype).to(device)
     return _own_rows(lambda full: torch.rand(full, dtype=dtype, device=device), shape)
 
 
