@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> float | None:
     try:
         figure, interrupted = run(cfg)
     except SettingError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(1 if os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")  # said once, by rank 0
     if interrupted:
         sys.exit(130)  # as a shell has it for Ctrl-C
     return figure

@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> float | None:
     try:
         return run(cfg)
     except SettingError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(1 if os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")  # said once, by rank 0
 
 
 if __name__ == "__main__":

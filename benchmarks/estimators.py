@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 
 LENGTHS = (2, 5, 10, 50, 100, 1000)
 S2, SCALE = 0.25, 0.8  # data N(0, 1/4); v̂ at 0.8 of the optimal one
-GRADIENTS = 400  # examples
+GRADIENTS = 2000  # examples
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,7 @@ def measure_levels(model: Any, rows: Rows, fabric: Fabric, batch_size: int) -> t
             parts.append(torch.stack([ratio, level.q.mean, log_std, level.z], 1).flatten(2))
         return torch.stack(parts, 1)
 
-    alone = Fabric(accelerator="cpu", devices=1) if fabric.world_size > 1 else fabric
-    batches = [values for _, values in over_batches(rows, numbers_of, alone, batch_size, lambda _: None)]
+    batches = [values for _, values in over_batches(rows, numbers_of, fabric, batch_size, lambda _: None, share=False)]
     values = torch.cat(batches).unflatten(0, (len(rows.order), rows.replicates))  # (N, R, levels, 4, d)
     ratio, mean, log_std, z = values.permute(3, 2, 0, 1, 4)
     replicates = rows.replicates

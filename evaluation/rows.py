@@ -6,7 +6,7 @@ cut into batches and dealt out to devices, and the same digits come back when it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ class Rows:
         size = max(1, min(LARGEST_GROUP, len(self.order) // LEAST_GROUPS))
         return torch.arange(len(self.order)) // size
 
-    def batch(self, rows: range) -> tuple[Tensor, Own]:
+    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Own]:
         """Returns the images of some rows, (b, C, H, W), and their randomness."""
         places = torch.tensor([row // self.replicates for row in rows])
         groups = self.groups
@@ -71,7 +71,12 @@ class Rows:
 
 
 def over_batches(
-    rows: Rows, function: Callable[[Tensor], Tensor], fabric: Fabric, batch_size: int, done: Callable[[int], None]
+    rows: Rows,
+    function: Callable[[Tensor], Tensor],
+    fabric: Fabric,
+    batch_size: int,
+    done: Callable[[int], None],
+    share: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (row numbers (b,), ``function``'s values of these rows, (b, *) float64 on the CPU): this rank's share.
 
@@ -81,15 +86,18 @@ def over_batches(
         fabric: says which rank this is, on which device and in which precision.
         batch_size: rows at once.
         done: told how many rows were finished, over all ranks as far as this one can know.
+        share: whether ranks share the rows, each image on one of them; otherwise every rank takes them all.
     """
-    starts = range(0, len(rows), batch_size)
-    for start in starts[fabric.global_rank :: fabric.world_size]:
-        numbers = range(start, min(start + batch_size, len(rows)))
+    rank, ranks = (fabric.global_rank, fabric.world_size) if share else (0, 1)
+    count = rows.replicates
+    mine = [image * count + k for image in range(rank, len(rows.order), ranks) for k in range(count)]
+    for start in range(0, len(mine), batch_size):
+        numbers = mine[start : start + batch_size]
         x, own = rows.batch(numbers)
         with torch.inference_mode(), fabric.autocast(), own_generators(own):
             values = function(x.to(fabric.device))
         yield torch.tensor(numbers), values.cpu().double()
-        done(min(len(numbers) * fabric.world_size, len(rows)))
+        done(len(numbers) * ranks)
 
 
 def gather(

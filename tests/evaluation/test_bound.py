@@ -50,7 +50,7 @@ def uneven(num_steps, multiple):
     return counts.double() / num, num
 
 
-def exact_importance(model, s2, calls, monkeypatch, grid=None):
+def exact_importance(model, s2, calls, monkeypatch, grid=None, control=None):
     """The expected terms of elbo(x, calls): every cell of the proposal's grid with each sign of x_0 and of the noise."""
     proposal, num = grid or uneven(model.num_steps, calls - 1)
     each = num // (calls - 1)  # the draws of one row lie 1/(calls - 1) apart: together the rows' draws are the grid
@@ -62,7 +62,7 @@ def exact_importance(model, s2, calls, monkeypatch, grid=None):
 
     with monkeypatch.context() as patch, own_generators(Own([], cell)), torch.no_grad():
         patch.setattr("losses.gaussian.randn_like", signs)
-        return means(model.elbo(math.sqrt(s2) * images(x), calls, proposal))
+        return means(model.elbo(math.sqrt(s2) * images(x), calls, proposal, control))
 
 
 def exact_chain(model, s2, function, monkeypatch):

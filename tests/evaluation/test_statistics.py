@@ -9,8 +9,6 @@ from evaluation.statistics import figure
 from losses.draws import randn_like, stratified
 from tests.evaluation.models import gathered, odd_images, rows_of, small_ddpm
 
-SEEDS = 300
-
 
 def test_figures_are_numpys():
     values = torch.randn(50, 6, dtype=torch.float64) * torch.rand(50, 1) + torch.randn(50, 1) + 3
@@ -46,10 +44,13 @@ def test_what_one_replicate_cannot_tell_is_not_claimed():
     assert one.se_images == one.se == pytest.approx(values.std().item() / math.sqrt(30))
     assert one.as_dict()["se_noise"] is None
     assert set(one.as_dict()) == {"mean", "se", "se_images", "se_noise"}
+
+
+def test_one_image_says_nothing_about_images():
     single = figure(torch.tensor([[1.0, 3.0]]).double(), torch.zeros(1, dtype=torch.int64))
     assert math.isnan(single.se)
     assert single.se_noise == pytest.approx(1)
-    assert not single.se_images <= 0, "one image says nothing about images"
+    assert math.isnan(single.se_images)
 
 
 def test_scaling_and_noise_beyond_the_spread_of_images():
@@ -62,10 +63,10 @@ def test_scaling_and_noise_beyond_the_spread_of_images():
     assert (scaled["mean"], scaled["se_noise"]) == (pytest.approx(3), pytest.approx(1.5))
 
 
-def coverage(images, function, replicates=2):
+def coverage(images, function, seeds, replicates=2):
     """The share of seeds whose mean ± 1.96 se_noise holds the mean over all seeds, and the share of that mean's spread."""
     figures = []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         rows = rows_of(images, replicates, seed)
         figures.append(figure(gathered(rows, function, batch_size=1024).squeeze(2), rows.groups))
     means, errors = (torch.tensor([getattr(one, name) for one in figures]) for name in ("mean", "se_noise"))
@@ -79,22 +80,22 @@ def wave(x):
     return cost * (1 + torch.sin(2 * math.pi * stratified(len(x), x.device))) + 2 * randn_like(cost.view(-1, 1)).squeeze(1)
 
 
-@pytest.mark.parametrize("num", [40, 128])
+@pytest.mark.parametrize("num", [40, 96])
 def test_the_noise_error_covers_what_another_seed_gives(num):
-    inside, ratio = coverage(odd_images(num), wave)
+    inside, ratio = coverage(odd_images(num), wave, seeds=600)
     assert 0.91 < inside < 0.98
     assert ratio == pytest.approx(1, abs=0.15)
 
 
 def test_the_noise_error_covers_for_a_ddpm_with_few_calls():
     model, proposal = small_ddpm(), proposal_from(torch.arange(11.0, 0.0, -1.0))
-    inside, ratio = coverage(odd_images(96), lambda x: model.elbo(x, 4, proposal).value)
+    inside, ratio = coverage(odd_images(96), lambda x: model.elbo(x, 4, proposal).value, seeds=300)
     assert 0.91 < inside < 0.98
     assert ratio == pytest.approx(1, abs=0.15)
 
 
 def test_the_whole_error_covers_the_population_when_images_are_drawn_anew():
-    inside, trials = 0, 500
+    inside, trials = 0, 400
     for trial in range(trials):
         images = torch.randint(0, 17, (48, 1, 2, 2)).to(torch.uint8)
         rows = rows_of(images, 2, trial)

@@ -1,0 +1,162 @@
+"""Posteriors made by hand, whose KLs, active units and information about the image are known."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import norm
+from torch import nn
+
+from evaluation.balance import ACTIVE, measure_levels
+from lightning_modules import MarkovPosterior, MHVAELightningModule, TopDownPosterior, VAELightningModule
+from losses import DiagGaussian, Gaussian
+from tests.evaluation.models import cpu, rows_of
+
+
+class Encoder(nn.Module):
+    """x -> N(means(x), stds²): the image is one number."""
+
+    def __init__(self, means, stds):
+        super().__init__()
+        self.means, self.stds = means, stds
+
+    def forward(self, x):
+        mean = torch.stack([one(x.flatten()) for one in self.means], 1)
+        return DiagGaussian(mean, torch.tensor(self.stds).double().log().expand_as(mean))
+
+
+class Affine(nn.Module):
+    def __init__(self, slope, std):
+        super().__init__()
+        self.slope, self.std = slope, std
+
+    def forward(self, z):
+        return DiagGaussian(self.slope * z, torch.tensor(math.log(self.std)).double())
+
+
+class Decoder(nn.Module):
+    def forward(self, z):
+        return torch.zeros(len(z), 2, 1, 1, dtype=torch.float64)
+
+
+COMMON = {"image_shape": (1, 1, 1), "levels": None, "likelihood": Gaussian()}
+
+
+def vae(means, stds):
+    return VAELightningModule(Encoder(means, stds), Decoder(), latent_dim=len(stds), **COMMON).double()
+
+
+def measured(model, x, replicates=8, seed=0, batch_size=1000):
+    return measure_levels(model, rows_of(x.double().view(-1, 1, 1, 1), replicates, seed, "balance"), cpu(), batch_size)
+
+
+def kl(mean, std):
+    return 0.5 * (mean**2 + std**2 - 1) - math.log(std)
+
+
+def nothing(x):
+    return torch.zeros_like(x)
+
+
+def test_each_unit_has_its_kl_and_activity():
+    num = 2000
+    x = torch.tensor(norm.ppf((torch.arange(num) + 0.5) / num)).double()  # as even as N(0, 1) can be
+    spread = [1.0, 1.3 * math.sqrt(ACTIVE), 0.7 * math.sqrt(ACTIVE), 0.0]
+    stds = [0.3, 1.0, 0.5, 1.0]
+    model = vae([lambda x, a=a: a * x for a in spread], stds)
+    (level,), _ = measured(model, x)
+    expected = [kl(a, std) for a, std in zip(spread, stds, strict=True)]  # E x² = 1
+    # ln q - ln p at one draw has variance ½(1 - σ²)² + σ²μ²
+    for value, mean, std, want in zip(level.kl.tolist(), spread, stds, expected, strict=True):
+        error = math.sqrt((0.5 * (1 - std**2) ** 2 + std**2 * mean**2) / (8 * num))
+        assert value == pytest.approx(want, abs=4 * error + 5e-3 * want + 1e-12)
+    assert level.kl[3].item() == 0
+    assert level.mean_variance.tolist() == pytest.approx([a**2 for a in spread], rel=0.01, abs=1e-12)
+    assert level.active == 2
+    assert level.aggregate_mean.abs().max() < 4 / math.sqrt(8 * num)
+    assert level.aggregate_variance.tolist() == pytest.approx(
+        [a**2 + std**2 for a, std in zip(spread, stds, strict=True)], rel=0.06
+    )
+
+
+def test_batches_change_nothing_and_seeds_do():
+    model, x = vae([torch.sin, nothing], [0.4, 0.9]), torch.linspace(-2, 2, 30)
+    (whole,), aggregate = measured(model, x)
+    (pieces,), again = measured(model, x, batch_size=7)
+    (other,), _ = measured(model, x, seed=1)
+    torch.testing.assert_close(whole.kl, pieces.kl, rtol=0, atol=1e-10)
+    torch.testing.assert_close(whole.aggregate_variance, pieces.aggregate_variance, rtol=0, atol=1e-10)
+    assert again == pytest.approx(aggregate, abs=1e-10)
+    assert (other.kl != whole.kl).all()
+
+
+@pytest.mark.parametrize("num", [2, 50, 300])
+def test_posteriors_far_apart_know_which_image_it_was(num):
+    x = torch.arange(num) * 20.0
+    (level,), aggregate = measured(vae([lambda x: x], [0.5]), x)
+    assert aggregate["mutual_information"] == pytest.approx(math.log(num), abs=1e-6)
+    assert aggregate["marginal_kl"] == pytest.approx(level.kl.sum().item() - math.log(num), rel=1e-2)
+
+
+def test_a_collapsed_posterior_knows_nothing_and_misses_nothing():
+    (level,), aggregate = measured(vae([nothing, nothing], [1.0, 1.0]), torch.arange(100.0))
+    assert level.active == 0
+    assert aggregate == pytest.approx({"mutual_information": 0.0, "marginal_kl": 0.0}, abs=1e-9)
+
+
+@pytest.mark.parametrize("std", [0.3, 0.8])
+def test_an_aggregate_that_is_the_prior_leaves_information_only(std):
+    """Means N(0, 1 - σ²) over images: q(z) = N(0, 1), and the KL is all information, -ln σ."""
+    num = 3000
+    x = torch.tensor(norm.ppf((torch.arange(num) + 0.5) / num)).double() * math.sqrt(1 - std**2)
+    (level,), aggregate = measured(vae([lambda x: x], [std]), x, replicates=2)
+    assert abs(aggregate["marginal_kl"]) < 0.01
+    assert aggregate["mutual_information"] == pytest.approx(-math.log(std), abs=4 / math.sqrt(num))
+    assert level.kl.sum().item() == pytest.approx(-math.log(std), abs=4 / math.sqrt(num))
+
+
+def test_the_two_parts_sum_to_the_mean_kl_over_all_units():
+    num = 1500
+    x = torch.randn(num)
+    model = vae([lambda x: 2 * x, torch.sin, nothing], [0.4, 0.7, 1.3])
+    (level,), aggregate = measured(model, x)
+    assert sum(aggregate.values()) == pytest.approx(level.kl.sum().item(), abs=4 * 3 / math.sqrt(num))
+    assert 0 < aggregate["mutual_information"] < math.log(num)
+    assert aggregate["marginal_kl"] > 0.1  # a mean of variance 4 and a std of 1.3 are not the prior's
+
+
+@pytest.mark.parametrize("posterior", [MarkovPosterior, TopDownPosterior])
+def test_a_hierarchys_units_are_active_by_what_the_image_moves_not_by_the_draw_that_they_follow(posterior):
+    """The other level's draw moves a unit's mean by 80 times the threshold: an average over draws has to count it out."""
+    means, stds = [lambda x: 2 * x, nothing], [1.0, 1.0]
+    lower = Encoder(means, stds)
+    if posterior is TopDownPosterior:
+        # evidence of z_1, then of z_2; none of it in unit 1
+        lower = Encoder([nothing, nothing, lambda x: 2 * x, nothing], [1.0, 1.0, 1.0, 1.0])
+    model = MHVAELightningModule(
+        posterior(lower, [Affine(0.9, 0.5)], depth=2, latent_dim=2),
+        Decoder(), depth=2, latent_dim=2, transition=[Affine(1.8, 1.0)], **COMMON,
+    ).double()  # fmt: skip
+    levels, aggregate = measured(model, torch.randn(2000))
+    assert aggregate == {}
+    assert len(levels) == 2
+    follower = levels[1] if posterior is MarkovPosterior else levels[0]
+    # z_2's mean is 0.9 z_1, or z_1's (0 + 1.8 z_2)/2: the image's part of it has variance 3.24, the draw's 0.81
+    assert follower.mean_variance[0].item() == pytest.approx(0.81 * 4, rel=0.15)
+    assert follower.mean_variance[1].item() < ACTIVE
+    assert [level.active for level in levels] == [1, 1]
+
+
+def test_a_hierarchys_kls_are_the_bounds():
+    model = MHVAELightningModule(
+        MarkovPosterior(Encoder([lambda x: x, nothing], [0.5, 1.0]), [Affine(0.7, 0.6)], depth=2, latent_dim=2),
+        Decoder(), depth=2, latent_dim=2, transition=[Affine(0.9, 0.8)], **COMMON,
+    ).double()  # fmt: skip
+    x = torch.randn(3000)
+    levels, _ = measured(model, x)
+    with torch.no_grad():
+        kls = torch.stack([model.level_kls(x.double().view(-1, 1, 1, 1)) for _ in range(8)]).mean(0)
+    for level, expected in zip(levels, kls, strict=True):
+        assert level.kl.sum().item() == pytest.approx(
+            expected.mean().item(), abs=4 * 2 * expected.std().item() / math.sqrt(3000)
+        )

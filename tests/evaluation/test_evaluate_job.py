@@ -1,0 +1,428 @@
+"""Whole evaluations of small trained runs: what they leave, what they refuse, how they stop."""
+
+import json
+import math
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import evaluation.job
+from evaluation.flow import ProbabilityFlow
+from lightning_modules import VAELightningModule
+from networks import MLPDenoiser
+from runs.build import SettingError, build_part
+from tests.evaluation.evaluations import arguments, environment, evaluate_here, record
+from tests.jobs import result, run_here
+
+BITS = 1 / (64 * math.log(2))
+COSTS = ("reconstruction", "prior", "matching", "elbo")
+QUICK = ("pictures=false", "balance=false")
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+@pytest.mark.parametrize("name", ["vae", "mhvae", "ddpm"])
+def test_an_evaluation_leaves_everything_that_defends_its_figure(name, runs, tmp_path, capsys):
+    run = runs.copy(name, tmp_path)
+    figure, interrupted = evaluate_here(run, "replicates=3", "iwae_samples=3", "seed=5")
+    kept = json.loads((run / "evaluation.json").read_text(), parse_constant=refuse_constant)
+    assert not interrupted
+    assert not kept["interrupted"]
+    assert kept["weights"] == ["ema"]
+    own = kept["results"]["ema"]
+    for part in (kept, own):
+        assert part["bpd"] == figure
+    assert set(own["terms"]) == set(COSTS)
+    for term in own["terms"].values():
+        nats, bits = term["nats"], term["bits_per_dim"]
+        assert set(nats) == set(bits) == {"mean", "se", "se_images", "se_noise"}
+        assert bits == pytest.approx({key: value * BITS for key, value in nats.items()})
+        # by chance, images that hardly differ may vary less than their noise says
+        assert nats["se_images"] ** 2 == pytest.approx(max(0, nats["se"] ** 2 - nats["se_noise"] ** 2), rel=1e-6, abs=1e-9)
+    for unit in ("nats", "bits_per_dim"):
+        means = {term: own["terms"][term][unit]["mean"] for term in COSTS}
+        assert sum(means[term] for term in COSTS[:3]) == pytest.approx(means["elbo"], rel=1e-9)
+    assert own["terms"]["elbo"]["nats"]["mean"] > 0
+    assert figure == own["terms"]["elbo"]["bits_per_dim"]["mean"]
+    assert {key: kept[f"bpd_{key}"] for key in ("se", "se_images", "se_noise")} == {
+        key: own["terms"]["elbo"]["bits_per_dim"][key] for key in ("se", "se_images", "se_noise")
+    }
+    assert own["num_images"] == 180
+    assert own["replicates"] == 3
+    assert own["estimator"]
+    assert own["network_calls_per_image"] % 3 == 0
+    assert (own["pilot_network_calls"] > 0) == (name == "ddpm")
+    assert (kept["seed"], kept["split"], kept["devices"], kept["precision"]) == (5, "test", 1, "32-true")
+    assert kept["settings"]["replicates"] == 3
+    assert kept["data"]["levels"] == 17
+    assert kept["data"]["num_test"] == 180
+    assert kept["model"]["image_shape"] == [1, 8, 8]
+    assert kept["checkpoint"] == str(run / "checkpoints" / "best.ckpt")
+    assert torch.__version__.startswith(kept["versions"]["torch"])
+    assert own["iwae"]["samples"] == 3
+    assert 1 <= own["iwae"]["effective_samples"] <= 3
+    assert own["iwae"]["gap_to_elbo"]["mean"] == pytest.approx(
+        own["terms"]["elbo"]["nats"]["mean"] + own["iwae"]["nats"]["mean"], rel=1e-6, abs=1e-6
+    )
+    pictures = {path.name for path in (run / "plots" / "evaluation").iterdir()}
+    printed = capsys.readouterr().out
+    assert f"{figure:.4f}" in printed
+    assert "noise" in printed
+    if name == "ddpm":
+        assert pictures == {"kl_per_step.png", "rate_distortion.png", "bits_per_image.png"}
+        return
+    assert pictures == {"kl_per_unit.png", "bits_per_image.png"}
+    levels = own["balance"]["levels"]
+    assert len(levels) == (1 if name == "vae" else 2)
+    for level in levels:
+        assert 0 <= level["active_units"] <= level["units"] == len(level["kl_per_unit"])
+        assert sum(level["kl_per_unit"]) == pytest.approx(level["kl"])
+    assert ("mutual_information" in own["balance"]) == (name == "vae")
+
+
+@pytest.mark.parametrize("name", ["vae", "mhvae", "ddpm"])
+def test_the_figure_agrees_with_the_runs_own_test(name, runs, tmp_path):
+    """One draw for each image there, four here, of one estimator."""
+    run = runs.copy(name, tmp_path)
+    evaluate_here(run, "replicates=4", *QUICK, *(["evaluation=full"] if name == "ddpm" else []))
+    kept, there = record(run), result(run)
+    noise = kept["bpd_se_noise"] * math.sqrt(4 + 1)
+    assert abs(kept["bpd"] - there["metrics"]["test/bpd"]) < 4 * noise
+    assert noise < 0.03
+    for term, row in there["costs"].items():
+        mine = kept["results"]["ema"]["terms"][term]["bits_per_dim"]
+        assert abs(mine["mean"] - row["bits_per_dim"]) < 4 * math.sqrt(5) * mine["se_noise"] + 1e-6, term
+
+
+def test_both_sets_of_weights_and_every_one_alone(runs, tmp_path):
+    run = runs.copy("vae", tmp_path)
+    figures = {}
+    for weights in ("null", "ema", "raw", "both"):
+        evaluate_here(run, f"weights={weights}", "replicates=2", *QUICK)
+        figures[weights] = {name: part["bpd"] for name, part in record(run)["results"].items()}
+    assert list(figures["both"]) == ["ema", "raw"]
+    assert figures["both"] == figures["ema"] | figures["raw"]
+    assert figures["null"] == figures["ema"]
+    assert abs(figures["ema"]["ema"] - figures["raw"]["raw"]) > 1e-3
+    assert record(run)["bpd"] == figures["ema"]["ema"]
+
+
+def test_an_earlier_evaluation_is_kept(runs, tmp_path):
+    run = runs.copy("vae", tmp_path)
+    settings = ("replicates=2", "balance=false", "max_images=20")
+    written = []
+    for seed in range(3):
+        evaluate_here(run, f"seed={seed}", *settings)
+        written.append((run / "evaluation.json").read_text())
+    assert (run / "evaluation-1.json").read_text() == written[0]
+    assert (run / "evaluation-2.json").read_text() == written[1]
+    assert [json.loads(text)["seed"] for text in written] == [0, 1, 2]
+    assert len({json.loads(text)["bpd"] for text in written}) == 3
+    plots = {path.name: len(list(path.iterdir())) for path in (run / "plots").iterdir() if path.is_dir()}
+    assert plots == {"evaluation": 1, "evaluation-1": 1, "evaluation-2": 1}
+    assert not list(run.glob("*.tmp"))
+    assert result(run)["metrics"]["test/bpd"] > 0
+
+
+def test_the_same_settings_give_the_same_digits_and_batches_change_none_that_count(runs, tmp_path):
+    run = runs.copy("ddpm", tmp_path)
+    first, _ = evaluate_here(run, *QUICK, "max_images=64")
+    torch.manual_seed(99)
+    assert evaluate_here(run, *QUICK, "max_images=64")[0] == first
+    assert evaluate_here(run, *QUICK, "max_images=64", "batch_size=50", "replicates=2")[0] == pytest.approx(
+        evaluate_here(run, *QUICK, "max_images=64", "replicates=2")[0], abs=1e-5
+    )
+    assert evaluate_here(run, *QUICK, "max_images=64", "seed=1")[0] != first
+
+
+def test_every_estimator_of_a_ddpm_has_one_mean(runs, tmp_path):
+    run, seen = runs.copy("ddpm", tmp_path), {}
+    for name, settings in {
+        "full": ["evaluation=full", "replicates=4"],
+        "stratified": ["evaluation=stratified", "evaluation.calls=8", "replicates=12"],
+        "importance": ["evaluation=importance", "evaluation.calls=6", "replicates=12"],
+        "importance alone": ["evaluation=importance", "evaluation.calls=6", "replicates=12", "+evaluation.control=false"],
+        "three_variable": ["evaluation=three_variable", "replicates=4"],
+        "default": ["precision=0.01"],
+    }.items():
+        evaluate_here(run, *settings, f"seed={len(seen)}", *QUICK)  # seeds of their own: shared noise would hide a bias
+        seen[name] = record(run)["results"]["ema"]
+    calls = {name: part["network_calls_per_image"] for name, part in seen.items()}
+    assert calls["full"] == calls["three_variable"] == 4 * 30
+    assert calls["stratified"] == 12 * 8
+    assert calls["importance"] == calls["importance alone"] == 12 * 6
+    assert len({part["estimator"] for part in seen.values()} - {seen["default"]["estimator"]}) == 5
+    for name, part in seen.items():
+        for term in ("reconstruction", "elbo"):
+            one, other = (where["terms"][term]["bits_per_dim"] for where in (part, seen["full"]))
+            assert abs(one["mean"] - other["mean"]) < 4 * math.hypot(one["se_noise"], other["se_noise"]) + 1e-9, (name, term)
+        assert 0 < part["bpd_se_noise"] < 0.05, name
+
+
+def test_the_wished_precision_is_reached_and_decides_the_effort(runs, tmp_path):
+    run, spent = runs.copy("vae", tmp_path), []
+    for precision in (0.02, 0.002):
+        evaluate_here(run, f"precision={precision}", *QUICK)
+        own = record(run)["results"]["ema"]
+        assert own["bpd_se_noise"] < 1.1 * precision
+        spent.append(own["replicates"])
+    assert 2 <= spent[0] < spent[1]
+
+
+@pytest.mark.parametrize(("name", "estimator"), [("vae", "default"), ("short ddpm", "full")])
+def test_bf16_moves_the_figure_by_less_than_a_thousandth(name, estimator, runs, tmp_path):
+    run, common = runs.copy(name, tmp_path), (f"evaluation={estimator}", "replicates=2", *QUICK)
+    one, other = (evaluate_here(run, f"fabric.precision={precision}", *common)[0] for precision in ("32-true", "bf16-mixed"))
+    assert one != other
+    assert one == pytest.approx(other, abs=1e-3)
+    assert record(run)["precision"] == "bf16-mixed"
+
+
+def test_one_replicate_two_images_other_splits_and_checkpoints_elsewhere(runs, tmp_path):
+    run = runs.copy("mhvae", tmp_path)
+    evaluate_here(run, "replicates=1", "max_images=2", "split=val", "pictures=false")
+    kept = json.loads((run / "evaluation.json").read_text(), parse_constant=refuse_constant)
+    assert kept["bpd_se_noise"] is None
+    assert kept["results"]["ema"]["num_images"] == 2
+    assert kept["split"] == "val"
+    evaluate_here(run, "replicates=1", "split=train", *QUICK)
+    assert record(run)["results"]["ema"]["num_images"] == 1437
+    elsewhere = (run / "checkpoints" / "last.ckpt").rename(tmp_path / "mine.ckpt")
+    evaluate_here(elsewhere, "replicates=1", "max_images=4", *QUICK)
+    assert record(tmp_path / "mine-evaluation")["results"]["ema"]["num_images"] == 4
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_the_shortest_chains_are_evaluated_too(num_steps, runs, tmp_path):
+    content = torch.load(runs["ddpm"] / "checkpoints" / "last.ckpt", weights_only=True)
+    content["config"]["model"]["num_steps"] = num_steps
+    del content["current_model_state"]
+    content["state_dict"] = build_part(OmegaConf.create(content["config"]["model"])).state_dict()
+    torch.save(content, tmp_path / "short.ckpt")
+    kept = {}
+    for estimator in ("default", "full", "three_variable"):
+        evaluate_here(tmp_path / "short.ckpt", f"evaluation={estimator}", "replicates=3", "max_images=64", f"seed={len(kept)}")
+        kept[estimator] = record(tmp_path / "short-evaluation")
+        assert list(kept[estimator]["results"]) == ["raw"]
+        # other seeds choose other images
+        error = math.hypot(kept[estimator]["bpd_se"], kept["default"]["bpd_se"])
+        assert abs(kept[estimator]["bpd"] - kept["default"]["bpd"]) < 4 * error
+    matching = kept["full"]["results"]["raw"]["terms"]["matching"]["nats"]["mean"]
+    assert (matching == 0) == (num_steps == 1)
+
+
+def test_continuous_data_is_scored_in_nats_and_its_flow_too(tmp_path, capsys):
+    run_here(
+        tmp_path, "model=ddpm", "data=gaussian", "logger=csv", "callbacks.pictures=null", "trainer.max_epochs=1",
+        "model.num_steps=30", "model.network.hidden_dim=32", "data.num_train=512", "data.num_test=64", "data.num_val=64",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    capsys.readouterr()
+    figure, _ = evaluate_here(run, "replicates=2", "probability_flow=1", "max_images=8")
+    kept = json.loads((run / "evaluation.json").read_text(), parse_constant=refuse_constant)
+    own = kept["results"]["ema"]
+    assert figure == own["terms"]["elbo"]["nats"]["mean"]
+    assert "bpd" not in kept
+    assert "bits" not in json.dumps(own)
+    assert math.isfinite(own["probability_flow"]["nats"]["mean"])
+    assert "not a bound" in own["probability_flow"]["protocol"]
+    printed = capsys.readouterr().out
+    assert "log-density" in printed
+    assert "bits/dim" not in printed
+
+
+def test_pixels_have_the_flow_of_a_trained_chain(runs, tmp_path):
+    run = runs.copy("ddpm", tmp_path)
+    evaluate_here(run, "replicates=2", "probability_flow=2", "max_images=2", *QUICK)
+    kept = record(run)["results"]["ema"]["probability_flow"]
+    assert kept["dequantisations"] == 2
+    assert 0.5 < kept["bits_per_dim"]["mean"] < 30
+    assert kept["bits_per_dim"]["mean"] == pytest.approx(-kept["nats"]["mean"] * BITS)
+    evaluate_here(run, "replicates=2", "probability_flow=2", "max_images=2", *QUICK)
+    assert record(run)["results"]["ema"]["probability_flow"]["nats"] == kept["nats"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "sentence"),
+    [
+        ("vae", ["split=nope"], "split=nope"),
+        ("vae", ["precision=0"], "precision=0"),
+        ("vae", ["precision=-1"], "precision=-1"),
+        ("vae", ["precision=nan"], "precision=nan"),
+        ("vae", ["precision=high"], "precision=high"),
+        ("vae", ["precision=null"], "precision"),
+        ("vae", ["weights=nope"], "weights=nope"),
+        ("vae", ["evaluation=full"], "evaluation=full"),
+        ("vae", ["evaluation=importance"], "evaluation=importance"),
+        ("mhvae", ["evaluation=three_variable"], "evaluation=three_variable"),
+        ("vae", ["iwae_samples=-1"], "iwae_samples=-1"),
+        ("vae", ["iwae_samples=2.5"], "iwae_samples=2.5"),
+        ("vae", ["replicates=0"], "replicates=0"),
+        ("vae", ["max_images=1"], "max_images=1"),
+        ("vae", ["batch_size=0"], "batch_size=0"),
+        ("vae", ["seed=-1"], "seed=-1"),
+        ("vae", ["probability_flow=1"], "probability_flow=1"),
+        ("ddpm", ["evaluation=stratified", "evaluation.calls=1"], "evaluation.calls=1"),
+        ("ddpm", ["evaluation=importance", "evaluation.calls=2.5"], "evaluation.calls=2.5"),
+        ("vae", ["fabric.precision=half"], "precision"),
+        ("vae", ["fabric.precision=bf16-true"], "bf16-mixed"),
+        ("vae", ["fabric.accelerator=tpu"], "fabric"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_sentence_before_any_work(name, overrides, sentence, runs, capsys):
+    run = runs[name]
+    capsys.readouterr()
+    with pytest.raises(SettingError) as error:
+        evaluate_here(run, "replicates=2", "max_images=8", *QUICK, *overrides)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    assert "total" not in capsys.readouterr().out
+    assert not (run / "evaluation.json").exists()
+
+
+def test_a_missing_run_is_refused(tmp_path):
+    for run in ("???", tmp_path / "nowhere"):
+        with pytest.raises(SettingError, match="give a run directory") as error:
+            evaluate_here(run)
+        assert "\n" not in str(error.value)
+
+
+def evaluate_interrupted(run, *overrides):
+    try:
+        return evaluate_here(run, *overrides)
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C came through, as a traceback, and what was finished is lost")
+
+
+def stop_after(calls, monkeypatch, owner, name):
+    """Makes a function raise what Ctrl-C raises, at its call number ``calls`` + 1."""
+    real, count = getattr(owner, name), [0]
+
+    def wrapped(*args, **kwargs):
+        count[0] += 1
+        if count[0] == calls + 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def test_an_interrupted_evaluation_is_that_of_the_images_so_far(runs, tmp_path, monkeypatch, capsys):
+    run = runs.copy("vae", tmp_path)
+    settings = ("replicates=3", "batch_size=30", "weights=both")
+    expected, _ = evaluate_here(run, *settings, "max_images=40", *QUICK)
+    own = record(run)["results"]["ema"]
+    with monkeypatch.context() as patch:
+        stop_after(4, patch, VAELightningModule, "elbo")
+        figure, interrupted = evaluate_here(run, *settings)
+    assert interrupted
+    kept = record(run)
+    assert kept["interrupted"] is True
+    assert list(kept["results"]) == ["ema"]
+    assert kept["results"]["ema"]["num_images"] == 40
+    assert figure == pytest.approx(expected, rel=1e-9)
+    assert kept["bpd_se"] == pytest.approx(own["bpd_se"])
+    assert "interrupted: 40 images" in " ".join(capsys.readouterr().out.split())
+    stop_after(0, monkeypatch, VAELightningModule, "elbo")
+    with pytest.raises(SettingError, match="interrupted"):
+        evaluate_here(run, *settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "function", "asked"),
+    [
+        ("vae", VAELightningModule, "log_weight", "iwae_samples=2"),
+        ("vae", evaluation.job, "measure_levels", "balance=true"),
+        ("ddpm", ProbabilityFlow, "log_likelihood", "probability_flow=1"),
+    ],
+)
+def test_ctrl_c_in_what_follows_the_bound_keeps_the_bound(name, owner, function, asked, runs, tmp_path, monkeypatch):
+    run = runs.copy(name, tmp_path)
+    stop_after(0, monkeypatch, owner, function)
+    figure, interrupted = evaluate_interrupted(run, "replicates=2", "max_images=8", *QUICK, asked)
+    assert interrupted
+    kept = json.loads((run / "evaluation.json").read_text(), parse_constant=refuse_constant)
+    assert kept["interrupted"] is True
+    assert kept["bpd"] == figure
+    assert kept["results"]["ema"]["num_images"] == 8
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_ctrl_c_before_the_evaluation_proper_stops_it(calls, runs, tmp_path, monkeypatch):
+    """While the steps are measured, or in the pilot: what comes of half of it must not steer an evaluation."""
+    run = runs.copy("ddpm", tmp_path)
+    stop_after(calls, monkeypatch, MLPDenoiser, "forward")
+    with pytest.raises(SettingError, match="interrupted"):
+        evaluate_interrupted(run, "max_images=64", *QUICK)
+    assert not (run / "evaluation.json").exists()
+
+
+def test_two_ranks_give_the_figures_of_one(runs, tmp_path):
+    run = runs.copy("vae", tmp_path)
+    settings = ("replicates=3", "iwae_samples=5", "batch_size=100", "weights=both", "pictures=false")
+    evaluate_here(run, *settings)
+    one = record(run)
+    done = subprocess.run(
+        arguments(f"run={run}", *settings, "fabric.devices=2"),
+        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test set, ema weights") == 1
+    two = record(run)
+    assert (one["devices"], two["devices"]) == (1, 2)
+    assert json.loads((run / "evaluation-1.json").read_text()) == one
+    assert not (run / "evaluation-2.json").exists()
+    for weights, part in one["results"].items():
+        other = two["results"][weights]
+        assert other["bpd"] == pytest.approx(part["bpd"], abs=1e-6)
+        assert other["bpd_se_noise"] == pytest.approx(part["bpd_se_noise"], abs=1e-6)
+        assert other["iwae"]["nats"] == pytest.approx(part["iwae"]["nats"], abs=1e-4)
+        assert other["iwae"]["effective_samples"] == pytest.approx(part["iwae"]["effective_samples"], abs=1e-4)
+        assert other["balance"]["mutual_information"] == pytest.approx(part["balance"]["mutual_information"], abs=1e-4)
+
+
+def test_ctrl_c_prints_the_table_so_far_and_exits_as_a_shell_expects(runs, tmp_path):
+    run = runs.copy("vae", tmp_path)
+    process = subprocess.Popen(
+        arguments(f"run={run}", "replicates=8000", "iwae_samples=10"), cwd=tmp_path, env=environment(tmp_path), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    lines, deadline = [], time.monotonic() + 100
+    for line in process.stdout:
+        lines.append(line)
+        if "/1440000" in line or time.monotonic() > deadline:
+            break
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    output = "".join(lines) + rest
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "interrupted" in output
+    assert "total" in rest
+    kept = record(run)
+    assert kept["interrupted"] is True
+    assert 2 <= kept["results"]["ema"]["num_images"] < 180
+    assert f"{kept['bpd']:.4f}" in rest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [([], "error: run= is missing"), (["run=nowhere", "split=test"], "error: run=nowhere does not exist")],
+)
+def test_the_command_refuses_in_one_line_from_anywhere(overrides, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*arguments()[1:], *overrides])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert str(stop.value.code).startswith(start)  # a text: Python prints it to stderr and exits with 1
+    assert "\n" not in stop.value.code
+    assert not list(tmp_path.iterdir())

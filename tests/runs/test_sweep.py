@@ -1,0 +1,180 @@
+"""Sweeps: one directory, jobs found again, failures that stop nobody, ranks that run their parent's job."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from runs.identity import identity, with_sweep_directory
+from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, result
+from tests.wandb_file import records
+
+JOB = [*QUICK, "model.num_steps=20", *(item for item in SMALL_DDPM if "num_steps" not in item)]
+RANKS = [item for item in JOB if "devices" not in item]
+
+
+def sweeps(directory):
+    return sorted(path for path in (directory / "outputs" / "sweeps").iterdir() if path.is_dir())
+
+
+def figures(directory):
+    """{seed: (val objective, test bits/dim)} of the only sweep."""
+    (sweep,) = sweeps(directory)
+    found = {}
+    for path in sweep.glob("*/result.json"):
+        record = result(path.parent)
+        found[record["seed"]] = record["objective"], record["metrics"]["test/bpd"]
+    return found
+
+
+def test_identity_is_of_what_figures_depend_on(tmp_path):
+    def of(*overrides):
+        return identity(configure(tmp_path, "model=vae", *overrides))
+
+    same = [(), ("logger=csv",), (f"paths.output_dir={tmp_path}/elsewhere",), ("callbacks.pictures.num=4",), ("ckpt=last",)]
+    other = [
+        ("seed=1",),
+        ("model.latent_dim=3",),
+        ("data.batch_size=64",),
+        ("trainer.devices=2",),
+        ("callbacks.ema.decay=0.9",),
+    ]
+    assert len({of(*overrides) for overrides in same}) == 1
+    assert len({of(*overrides) for overrides in (*same, *other)}) == 1 + len(other)
+
+
+def test_the_same_sweep_has_the_same_directory_and_another_has_another():
+    def directory(*arguments):
+        return [item for item in with_sweep_directory(["train.py", *arguments]) if "sweep.dir" in item]
+
+    base = directory("-m", "seed=0,1", "model/schedule=cosine,linear")
+    assert base == directory("--multirun", "model/schedule=cosine,linear", "seed=0,1")
+    assert base == directory("-m", "seed=0,1", "model/schedule=cosine,linear", "hydra/launcher=joblib", "sweep.fresh=true")
+    assert base != directory("-m", "seed=0,2", "model/schedule=cosine,linear")
+    assert "schedule-seed" in base[0]
+    assert directory("seed=0") == []
+    assert directory("-m", "seed=0,1", "hydra.sweep.dir=here") == ["hydra.sweep.dir=here"]
+
+
+def test_jobs_are_run_once_failures_stop_nobody_and_all_is_said(tmp_path):
+    overrides = ["-m", *JOB, "seed=0,1", "data.batch_size=128,0"]
+    first = command(*overrides, cwd=tmp_path)
+    assert first.returncode == 1
+    assert "Traceback" not in first.stderr + first.stdout
+    (sweep,) = sweeps(tmp_path)
+    states = {path.parent: json.loads(path.read_text()) for path in sweep.glob("*/job.json")}
+    assert sorted(state["status"] for state in states.values()) == ["done", "done", "failed", "failed"]
+    assert all("data.batch_size=0" in state["reason"] for state in states.values() if state["status"] == "failed")
+    assert "2 of 4 jobs done" in first.stdout
+    # one W&B run for each job that got so far, in one group, tagged by what varies
+    runs = [next(r.run for r in records(path) if r.WhichOneof("record_type") == "run") for path in wandb_files(tmp_path)]
+    assert len(runs) == 2
+    assert {run.run_group for run in runs} == {sweep.name}
+    assert {tuple(sorted(run.tags)) for run in runs} == {("data.batch_size=128", f"seed={seed}") for seed in (0, 1)}
+
+    times = {path: path.stat().st_mtime_ns for path in sweep.glob("*/result.json")}
+    again = command(*overrides, "sweep.retry_failed=false", cwd=tmp_path)
+    assert again.returncode == 1
+    assert sweeps(tmp_path) == [sweep]
+    assert again.stdout.count("skipped") == 2
+    assert again.stdout.count("left alone") == 2
+    assert {path: path.stat().st_mtime_ns for path in sweep.glob("*/result.json")} == times
+
+    one = next(iter(times)).parent
+    shutil.move(one / "result.json", tmp_path / "taken")  # as if it had been killed at its end
+    third = command(*overrides, cwd=tmp_path)
+    assert third.stdout.count("continued") == 1
+    assert third.stdout.count("tried again") == 2
+    assert f"continuing from {one}" in third.stdout
+    assert result(one)["metrics"]["test/bpd"] == json.loads((tmp_path / "taken").read_text())["metrics"]["test/bpd"]
+
+    command(*[item.replace("128,0", "128") for item in overrides], "sweep.fresh=true", f"hydra.sweep.dir={sweep}", cwd=tmp_path)
+    assert len(list(sweep.glob("*-before-1/result.json"))) == 2
+
+
+def wandb_files(directory):
+    return sorted((directory / "outputs" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    overrides = ["-m", *JOB, "seed=0,1", "trainer.max_epochs=60", "model/lr_scheduler=constant"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("outputs/sweeps/*/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (directory,) = (path.parents[1] for path in tmp_path.glob("outputs/sweeps/*/*/checkpoints/last.ckpt"))
+    assert not (directory / "result.json").exists()
+    done = command(*overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "continuing from" in done.stdout
+    assert {result(path.parent)["step"] for path in tmp_path.glob("outputs/sweeps/*/*/result.json")} == {660}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The figures of one rank, a job at a time."""
+    directory = tmp_path_factory.mktemp("alone")
+    done = command("-m", *JOB, "seed=0,1", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return figures(directory)
+
+
+LAUNCHERS = {
+    "basic": (),
+    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    "submitit_local": ("hydra/launcher=submitit_local",),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_ranks_in_a_sweep_are_one_job_each_under_every_launcher(launcher, alone, tmp_path):
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    done = command("-m", *LAUNCHERS[launcher], *RANKS, "trainer.devices=2", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(sweeps(tmp_path)) == 1
+    assert not (tmp_path / "multirun").exists()
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"sweeps", "wandb"}
+    assert len(wandb_files(tmp_path)) == 2
+    found = figures(tmp_path)
+    assert found.keys() == alone.keys()
+    for seed, pair in found.items():
+        assert pair == pytest.approx(alone[seed], abs=1e-4)
+
+
+def test_devices_may_vary_within_a_sweep(alone, tmp_path):
+    done = command("-m", *RANKS, "trainer.devices=2,1,2", "seed=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (sweep,) = sweeps(tmp_path)
+    found = {result(path.parent)["devices"]: result(path.parent) for path in sweep.glob("*/result.json")}
+    assert found.keys() == {1, 2}
+    for record in found.values():
+        assert (record["objective"], record["metrics"]["test/bpd"]) == pytest.approx(alone[0], abs=1e-4)
+
+
+def test_optuna_minimises_the_validation_figure_with_two_ranks_and_goes_on(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    overrides = [
+        "-m", "hydra/sweeper=optuna", f"hydra.sweeper.storage=sqlite:///{tmp_path}/study.db", "hydra.sweeper.study_name=lr",
+        "hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=2", *RANKS, "trainer.devices=2",
+        "model.optimizer.lr=interval(1e-4,1e-2)",
+    ]  # fmt: skip
+    for trials in (2, 4):
+        done = command(*overrides, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (sweep,) = sweeps(tmp_path)
+        objectives = [result(path.parent)["objective"] for path in sweep.glob("*/result.json")]
+        assert len(objectives) == trials
+    best = [line for line in done.stdout.splitlines() if "Best value" in line]
+    assert float(best[0].split()[-1]) == pytest.approx(min(objectives))
