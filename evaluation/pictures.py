@@ -11,7 +11,7 @@ from torch import Tensor
 
 from callbacks.pictures import grid
 from evaluation.balance import ACTIVE, LevelBalance
-from evaluation.profile import StepMoments
+from evaluation.profile import StepMoments, rate_and_distortion
 from losses.elbo import nats_to_bits_per_dim
 
 matplotlib.use("Agg")
@@ -41,12 +41,9 @@ def draw_steps(moments: StepMoments, num_dims: int, unit: str) -> plt.Figure:
 
 def draw_rate_distortion(moments: StepMoments, num_dims: int, levels: int) -> plt.Figure:
     """Returns a figure of the distortion of x̂_0 at t against the rate sent by then (Ho et al. 2020, figure 5)."""
-    kls = moments.means.numpy()
-    after = np.concatenate([kls[::-1].cumsum()[::-1][1:], [0.0]]) + moments.prior  # sent when x_t is known: the steps above t
-    rate = nats_to_bits_per_dim(after, num_dims)
-    distortion = np.sqrt(moments.errors.numpy()) * (levels - 1) / 2
+    rate, distortion = (part.numpy() for part in rate_and_distortion(moments, num_dims, levels))
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
-    done = 1 - np.arange(2, len(kls) + 2) / (len(kls) + 1)
+    done = 1 - np.arange(2, len(rate) + 2) / (len(rate) + 1)
     label = f"RMSE of x̂₀ (levels 0..{levels - 1})"
     for axis, (x, y, xlabel, ylabel) in zip(
         axes,

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion.control import DENOISERS, Control, level_frequencies
 from evaluation.rows import Rows, gather
 from lightning_modules import DDPMLightningModule
+from losses.elbo import nats_to_bits_per_dim
 
 STEPS = 64  # measured; what lies between is interpolated over ln t
 FIRST_DRAWS = 8  # of x_1 for each image
@@ -47,6 +48,16 @@ class StepMoments:
     def calls(self) -> int:
         """Network calls that this took, over all images."""
         return self.num_images * (self.num_steps + FIRST_DRAWS)
+
+
+def rate_and_distortion(moments: StepMoments, num_dims: int, levels: int) -> tuple[Tensor, Tensor]:
+    """Returns what x̂_0 at each t = 2..T costs and how far it is off (Ho et al. 2020, figure 5).
+
+    Returns:
+        (rate: the prior and the KLs of the steps above t, bits/dim; RMSE of x̂_0(x_t, t), in levels), (T - 1,) each.
+    """
+    above = moments.means.flip(0).cumsum(0).flip(0) - moments.means + moments.prior
+    return nats_to_bits_per_dim(above, num_dims), moments.errors.sqrt() * (levels - 1) / 2
 
 
 def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_size: int) -> StepMoments:

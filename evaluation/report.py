@@ -12,12 +12,14 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from evaluation.estimate import Bound
+from evaluation.profile import StepMoments, rate_and_distortion
 from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import plain
 from runs.report import TITLES, versions
 
+KEPT_STEPS = 100  # at most, spread over ln t
 COSTS = {"reconstruction": -1, "prior": 1, "matching": 1, "elbo": -1}  # each term as a cost, summing to -ELBO
 
 
@@ -34,6 +36,7 @@ def bound_record(bound: Bound, model: LikelihoodModule) -> dict[str, Any]:
     if model.levels is not None:
         bits = terms["elbo"]["bits_per_dim"]
         headline = {"bpd": bits["mean"], **{f"bpd_{key}": bits[key] for key in ("se", "se_images", "se_noise")}}
+    steps = {} if bound.moments is None else {"steps": steps_record(bound.moments, model)}
     return {
         **headline,
         "terms": terms,
@@ -42,7 +45,19 @@ def bound_record(bound: Bound, model: LikelihoodModule) -> dict[str, Any]:
         "replicates": bound.replicates,
         "network_calls_per_image": bound.replicates * bound.prepared.calls,
         "pilot_network_calls": bound.pilot_calls,
+        **steps,
     }
+
+
+def steps_record(moments: StepMoments, model: LikelihoodModule) -> dict[str, Any]:
+    """Returns the measured steps of a DDPM as plain lists: KL, and for pixels the rate and distortion along the chain."""
+    kept = sorted({round(2 * (model.num_steps / 2) ** (i / (KEPT_STEPS - 1))) for i in range(KEPT_STEPS)})
+    index = [min(t, model.num_steps) - 2 for t in kept]
+    record: dict[str, Any] = {"t": [i + 2 for i in index], "kl_nats": moments.means[index].tolist()}
+    if model.levels is not None:
+        rate, distortion = rate_and_distortion(moments, model.num_dims, model.levels)
+        record |= {"rate_bits_per_dim": rate[index].tolist(), "rmse_levels": distortion[index].tolist()}
+    return record
 
 
 def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:

@@ -1,0 +1,24 @@
+"""Compares runs: ``python compare.py runs=outputs/sweeps/...``; see ``--help``."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="compare")
+def main(cfg: DictConfig) -> None:
+    """Prints a table and writes comparison.html, .csv and .md."""
+    from comparison.job import run
+    from runs.build import SettingError
+
+    try:
+        run(cfg)
+    except SettingError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""One comparison: run directories -> groups -> a table, comparison.csv, comparison.md and comparison.html."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.console import Console
+
+from comparison.collect import Run, collect
+from comparison.groups import group
+from comparison.page import page
+from comparison.tables import as_csv, as_markdown, terminal
+from runs.build import SettingError
+
+
+def run(cfg: DictConfig) -> None:
+    """Compares what ``cfg`` names, prints the table and writes three files.
+
+    Raises:
+        SettingError: if there is nothing to compare, or a setting names nothing.
+    """
+    if OmegaConf.is_missing(cfg, "runs"):
+        raise SettingError("runs= is missing: give sweeps, run directories or globs, as in runs=outputs/sweeps/*")
+    patterns = _listed(cfg.runs)
+    runs, skipped = collect(patterns)
+    finished = [one for one in runs if one.result]
+    left_out = [*(_line(one) for one in runs if not one.result), *(f"skipped: {line}" for line in skipped)]
+    if not finished:
+        raise SettingError(f"runs={','.join(patterns)}: none of the {len(runs)} runs is finished ({left_out[0]})")
+    groups = group(finished, _listed(cfg.by) if cfg.by else None, cfg.metric)
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)  # a file has no edge
+    console.print(terminal(groups, cfg.metric))
+    for line in left_out:
+        print(line)
+    out = _new_directory(Path(cfg.out))
+    title = f"{cfg.metric}: {', '.join(groups[0].values) or 'runs'}"
+    (out / "comparison.csv").write_text(as_csv(groups, cfg.metric))
+    (out / "comparison.md").write_text(as_markdown(groups, cfg.metric, left_out))
+    (out / "comparison.html").write_text(page(groups, cfg.metric, left_out, title))
+    print(f"wrote {out}/comparison.html, .csv and .md", flush=True)
+
+
+def _listed(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, ListConfig) else [str(value)]
+
+
+def _line(one: Run) -> str:
+    return f"{one.reason}: {one.path}"
+
+
+def _new_directory(wished: Path) -> Path:
+    """Makes the directory, under the next free number if it holds a comparison already."""
+    number, out = 1, wished
+    while (out / "comparison.html").exists():
+        number += 1
+        out = wished.with_name(f"{wished.name}-{number}")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
