@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -71,6 +73,7 @@ def wandb_logger(
     mode: str | None = None,
     config: dict[str, Any] | None = None,
     headline: Sequence[str] = ("val/bpd", "test/bpd"),
+    id_file: str | None = None,
 ) -> WandbLogger:
     """Starts a W&B run and says in one line where it goes.
 
@@ -85,12 +88,14 @@ def wandb_logger(
         mode: online, offline, disabled or shared; by default see :func:`choose_mode`.
         config: the run's resolved config, sent at the start.
         headline: metrics whose best value is the summary.
+        id_file: holds the run's id, so that a run that goes on goes on in W&B too; written if it is not there.
     """
     import wandb
 
     mode, why = choose_mode(mode)
     os.makedirs(save_dir, exist_ok=True)
     logger = WandbLogger(
+        id=_kept_id(id_file),
         save_dir=save_dir,
         project=project,
         name=name,
@@ -109,6 +114,15 @@ def wandb_logger(
     later = f"; upload later with: wandb sync {save_dir}/wandb/offline-run-*" if mode == "offline" else ""
     print(f"W&B: {mode} ({why}){later}", flush=True)
     return logger
+
+
+def _kept_id(id_file: str | None) -> str | None:
+    if id_file is None:
+        return None
+    path = Path(id_file)
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()
 
 
 def finish_wandb(failed: bool) -> None:

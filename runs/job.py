@@ -7,9 +7,11 @@ import logging
 import math
 import os
 import shlex
+import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +165,35 @@ def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path) -> l
     if cfg.logger and not is_child_rank():
         build = factory(cfg.logger)
         try:
-            loggers.append(build(config=config) if build.func is wandb_logger else build())
+            if build.func is wandb_logger:
+                build = partial(build, config={**config, **facts_to_group_by(directory)}, id_file=str(directory / "wandb_id"))
+            loggers.append(build())
         except ValueError as error:
             raise SettingError(str(error)) from error
     return loggers
+
+
+def facts_to_group_by(directory: Path) -> dict[str, Any]:
+    """Returns flat columns for W&B: the chosen groups by their short names (schedule, weighting, ...), code version, place."""
+    choices = HydraConfig.get().runtime.choices
+    chosen = {
+        key.split("/")[-1]: value for key, value in choices.items() if "/" in key and "@" not in key and "hydra" not in key
+    }
+    return {**chosen, "model_name": choices.model, "data_name": choices.data, "run_directory": str(directory), **code_version()}
+
+
+def code_version() -> dict[str, Any]:
+    """Returns {git_sha, git_dirty} of the code that runs, or nothing where it is no git checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
 
 
 def fit(
@@ -227,6 +254,7 @@ def test(
         "choices": {key: value for key, value in HydraConfig.get().runtime.choices.items() if not key.startswith("hydra/")},
         "overrides": list(HydraConfig.get().overrides.task),
         "seed": cfg.seed,
+        **code_version(),
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
         "seconds": {"train": round(train_seconds, 2), "total": round(time.monotonic() - started, 2)},

@@ -21,16 +21,29 @@ def test_a_run_is_named_grouped_and_configured_from_its_choices(tmp_path):
     assert config["data"]["levels"] == 17
     assert config["seed"] == 3
     assert "${" not in str(config)
+    assert (config["model_name"], config["likelihood"], config["encoder"]) == ("vae", "discretized_logistic", "mlp")
+    assert run.run_id == (tmp_path / "run" / "wandb_id").read_text()
     summaries = {metric.name: metric.summary for metric in found["metric"]}
     assert all(summaries[name].min for name in ("val/bpd", "test/bpd"))
     history = [values(record.item) for record in found["history"]]
     keys = {key for row in history for key in row}
     assert {f"{stage}/{term}" for stage in ("train", "val", "test") for term in ("bpd", "reconstruction", "prior")} <= keys
+    assert {"train/lr", "train/grad_norm", "train/images_per_second", "train/images_seen"} <= keys
+    seen = [row["train/images_seen"] for row in history if "train/images_seen" in row]
+    assert seen == [128.0 * 5 * (i + 1) for i in range(len(seen))]
     steps = [row["_step"] for row in history]
     assert steps == sorted(steps)
     pictures = {key.split(".")[0] for key in keys if key.startswith("pictures/")}
     assert pictures == {"pictures/samples", "pictures/reconstructions", "pictures/kl_per_level"}
     assert found["exit"][-1].exit_code == 0
+
+
+def test_a_run_that_goes_on_keeps_its_id(tmp_path):
+    run_here(tmp_path, *JOB, "trainer.max_epochs=1")
+    run_here(tmp_path, *JOB, "ckpt=last")
+    files = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(files) == 2
+    assert len(set(files)) == 1
 
 
 def test_a_run_that_fails_shows_as_failed(tmp_path, monkeypatch):
