@@ -14,7 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 DEFINES = ("model", "data", "trainer", "callbacks", "seed")  # what a job's figures depend on; loggers and paths are not in it
-INCIDENTAL = {"data": ("root", "download"), "trainer": ("enable_progress_bar",), "callbacks": ("pictures", "progress", "vitals")}
+INCIDENTAL = {
+    "data": ("root", "download"),
+    "trainer": ("enable_progress_bar",),
+    "callbacks": ("pictures", "progress", "vitals"),
+}
 MULTIRUN = {"-m", "--multirun"}
 
 

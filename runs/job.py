@@ -29,7 +29,7 @@ from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
-from runs.directory import CONFIG, FORMAT, RESULT, claim, find_checkpoint, read_checkpoint, same_model
+from runs.directory import CONFIG, FORMAT, LAST, RESULT, claim, find_checkpoint, read_checkpoint, same_model
 from runs.report import result_record, table
 
 
@@ -120,20 +120,24 @@ def load_data(cfg: DictConfig) -> LightningDataModule:
 
 
 def is_child_rank() -> bool:
-    """Whether this process was launched by rank 0 of the same job."""
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+    """Whether this process is not the first of its job: by Lightning's, torchrun's or SLURM's word."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
 def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Path | None:
     """Returns the checkpoint to continue from, if any, and refuses a directory that holds another run."""
     choices = HydraConfig.get().runtime.choices
-    checkpoint = None
-    if cfg.ckpt is not None:
+    checkpoint, here = None, directory / LAST
+    if cfg.ckpt == "auto":
+        checkpoint = here if here.is_file() else None
+    elif cfg.ckpt is not None:
         suffix = f"-{choices.model}-{choices.data}"
         checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
+    if checkpoint is not None:
         same_model(read_checkpoint(checkpoint, "ckpt")["config"], config, checkpoint)
     if not is_child_rank():
-        claim(directory, continuing=checkpoint is not None and directory in checkpoint.absolute().parents)
+        own = checkpoint is not None and directory in checkpoint.absolute().parents
+        claim(directory, continuing=own or cfg.ckpt == "auto")
     return checkpoint
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -35,7 +36,7 @@ NEEDS = {
 def choices():
     for path in sorted(CONF.rglob("*.yaml")):
         group = path.parent.relative_to(CONF).as_posix()
-        if group not in (".", "experiment", "evaluation") and not group.startswith("recipe"):
+        if group not in (".", "experiment", "evaluation", "wandb") and not group.startswith("recipe"):
             yield f"{group}={path.stem}"
 
 
@@ -87,6 +88,16 @@ def test_the_command_of_the_mission_composes(tmp_path):
     assert cfg.trainer.devices == 4
     parameters = sum(p.numel() for p in instantiate(cfg.model, _convert_="all").network.parameters())
     assert parameters == 35_746_307
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "wandb").glob("*.yaml")), ids=lambda path: path.stem)
+def test_wandb_sweeps_pass_overrides_that_compose(path, tmp_path):
+    sweep = yaml.safe_load(path.read_text())
+    fixed = [part for part in sweep["command"] if "=" in part]
+    assert sweep["command"][-1] == "${args_no_hyphens}"
+    for key, values in sweep["parameters"].items():
+        for value in values["values"]:
+            configure(tmp_path, *fixed, f"{key}={value}")
 
 
 def test_yaml_is_small_and_loads():

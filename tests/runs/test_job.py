@@ -205,6 +205,33 @@ def test_two_ranks_are_one_run_with_the_figures_of_one_rank(tmp_path):
     assert figures[1] == pytest.approx(figures[2], abs=1e-4)
 
 
+def test_torchrun_starts_one_run_and_ckpt_auto_goes_on_with_it(tmp_path):
+    common = [
+        *QUICK[0:1],
+        *QUICK[2:],
+        *SMALL_DDPM,
+        "model.num_steps=20",
+        "trainer.devices=2",
+        "hydra.run.dir=here",
+        "ckpt=auto",
+    ]
+    common += ["model/lr_scheduler=constant"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    steps = []
+    for epochs in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"),
+             *common, f"trainer.max_epochs={epochs}"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        steps.append(result(tmp_path / "here")["step"])
+    assert steps == [11, 22]
+    assert result(tmp_path / "here")["devices"] == 2
+    assert not [path for path in tmp_path.glob("outputs/*") if path.name != "wandb"]
+
+
 def test_ctrl_c_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_path):
     overrides = [*QUICK, *SMALL_DDPM, "trainer.max_epochs=100000", "hydra.run.dir=here", "model/lr_scheduler=constant"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(tmp_path)}
