@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,11 @@ CONFIG, RESULT, STATE, LEVELS, EVALUATION = (
     "evaluation.json",
 )
 SETTINGS = ("model", "data", "trainer", "callbacks", "seed")  # of a config, what figures depend on
-INCIDENTAL = ("data.root", "data.seed", "data.download", "callbacks.pictures", "callbacks.progress", "callbacks.seeding.seed")
+INCIDENTAL = (
+    "data.root", "data.seed", "data.download", "trainer.enable_progress_bar",
+    "callbacks.pictures", "callbacks.progress", "callbacks.vitals", "callbacks.seeding.seed",
+)  # fmt: skip
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error, yaml.YAMLError)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class Run:
     def images_per_second(self) -> float | None:
         """Training images a second, validation and start-up included."""
         try:
-            return self.result["step"] * self.settings["data.batch_size"] / self.result["seconds"]["train"]
+            images = self.settings["data.batch_size"] * self.settings.get("trainer.accumulate_grad_batches", 1)
+            return self.result["step"] * images / self.result["seconds"]["train"]
         except (KeyError, TypeError, ZeroDivisionError):
             return None
 
@@ -77,25 +84,41 @@ def collect(patterns: Sequence[str]) -> tuple[list[Run], list[str]]:
     Raises:
         SettingError: if a pattern matches nothing, or nothing under them is a run.
     """
-    configs: dict[Path, None] = {}
+    directories: dict[Path, Path] = {}  # by where they really are: two patterns may reach one run
+    runs, skipped = [], []
     for pattern in patterns:
-        matched = sorted(glob.glob(str(pattern)))
+        matched = [str(pattern)] if Path(pattern).exists() else sorted(glob.glob(str(pattern)))
         if not matched:
             raise SettingError(f"runs={pattern} matches nothing: give run directories, sweeps or globs")
-        for root in map(Path, matched):
-            found = [root / CONFIG] if (root / CONFIG).is_file() else sorted(root.rglob(CONFIG))
-            failed = sorted(path.parent / CONFIG for path in root.rglob(STATE)) if root.is_dir() else []
-            configs |= dict.fromkeys([*found, *failed])
-    runs, skipped = [], []
-    for path in sorted(configs):
+        for root in filter(Path.is_dir, map(Path, matched)):
+            found = {path.resolve(): path for path in _candidates(root)}
+            directories = {**found, **directories}
+            if not found:
+                skipped.append(f"{root}: holds no run")
+    for path in sorted(directories.values()):
+        if (again := _superseded(path)) and path not in map(Path, patterns):
+            skipped.append(f"{path}: an earlier try of {again.name}")
+            continue
         try:
-            runs.append(read_run(path.parent))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-            skipped.append(f"{path.parent}: {' '.join(str(error).split())[:120] or type(error).__name__}")
+            runs.append(read_run(path))
+        except UNREADABLE as error:
+            skipped.append(f"{path}: {' '.join(str(error).split())[:120] or type(error).__name__}")
     if not runs:
         detail = f" ({'; '.join(skipped[:3])})" if skipped else ""
         raise SettingError(f"runs={','.join(map(str, patterns))} holds no run directory with a readable {CONFIG}{detail}")
     return runs, skipped
+
+
+def _candidates(root: Path) -> list[Path]:
+    """Returns the directories from ``root`` down that hold what a run leaves."""
+    return [Path(place) for place, _, files in os.walk(root) if {CONFIG, RESULT, STATE} & set(files)]
+
+
+def _superseded(directory: Path) -> Path | None:
+    """Returns the directory of the job that was run again with ``sweep.fresh=true``, if this is an earlier try of it."""
+    name = re.sub(r"-before-\d+$", "", directory.name)
+    again = directory.with_name(name)
+    return again if name != directory.name and again.is_dir() else None
 
 
 def read_run(directory: Path) -> Run:
@@ -104,28 +127,50 @@ def read_run(directory: Path) -> Run:
     Raises:
         ValueError: if its files are not those of a run.
     """
-    state = _json(directory / STATE) if (directory / STATE).is_file() else {}
     if not (directory / CONFIG).is_file():  # failed before it had one
+        if not (directory / STATE).is_file():
+            raise ValueError(f"{CONFIG} is missing")
+        state = _json(directory / STATE)
         return Run(directory, {"overrides": " ".join(state["overrides"])}, {}, {}, _why(state))
-    config = yaml.load((directory / CONFIG).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+    try:
+        text = (directory / CONFIG).read_text(encoding="utf-8")
+        config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{CONFIG} cannot be read ({error})") from error
+    parts = [config.get(name) for name in ("model", "data")] if isinstance(config, dict) else [None]
+    if not all(isinstance(part, dict) and "_target_" in part for part in parts):
         raise ValueError(f"{CONFIG} is not that of a run")
     settings = {key: value for name in SETTINGS for key, value in flatten(config.get(name), name)}
     if not (directory / RESULT).is_file():
-        return Run(directory, settings, {}, {}, _why(state))
+        return Run(directory, settings, {}, {}, _why(_json(directory / STATE) if (directory / STATE).is_file() else {}))
     result = _json(directory / RESULT)
-    if not isinstance(result.get("metrics"), dict):
+    if not _is_result(result):
         raise ValueError(f"{RESULT} is not that of a run")
     choices = {key: str(value) for key, value in result.get("choices", {}).items() if value is not None}
     return Run(directory, settings, choices, result)
 
 
 def _why(state: dict[str, Any]) -> str:
-    return f"failed: {state.get('reason', '')}" if state.get("status") == "failed" else "unfinished"
+    return f"failed: {' '.join(str(state.get('reason', '')).split())}" if state.get("status") == "failed" else "unfinished"
+
+
+def _is_result(result: dict[str, Any]) -> bool:
+    """Whether everything that is read of a result.json has the type it should have."""
+    metrics, costs, seconds, choices = (result.get(name, {}) for name in ("metrics", "costs", "seconds", "choices"))
+    if "metrics" not in result or not all(isinstance(part, dict) for part in (metrics, costs, seconds, choices)):
+        return False
+    if not all(isinstance(cost, dict) for cost in costs.values()):
+        return False
+    numbers = [value for part in (metrics, seconds, *costs.values()) for value in part.values()]
+    numbers += [result.get("parameters"), result.get("objective")]
+    return all(isinstance(value, (int, float, type(None))) for value in numbers)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text())
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} is not that of a run")
     return value
@@ -133,7 +178,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:
     """Returns (dotted key, value) of nested dicts, without what figures do not depend on; lists are leaves."""
-    if prefix.startswith(INCIDENTAL):
+    if f"{prefix}.".startswith(tuple(f"{name}." for name in INCIDENTAL)):
         return []
     if not isinstance(value, dict):
         return [(prefix, value)]
@@ -144,12 +189,12 @@ def curve(run: Run, metric: str) -> tuple[list[int], list[float]]:
     """Returns (steps, values) of a metric in metrics.csv; empty where there is none."""
     steps, values = [], []
     try:
-        with (run.path / "metrics.csv").open(newline="") as file:
+        with (run.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row.get(metric):
                     steps.append(int(row["step"]))
                     values.append(float(row[metric]))
-    except (OSError, ValueError, TypeError):
+    except UNREADABLE:
         return [], []
     return steps, values
 
@@ -157,9 +202,9 @@ def curve(run: Run, metric: str) -> tuple[list[int], list[float]]:
 def level_kls(run: Run) -> tuple[list[int], list[float]]:
     """Returns (t, KL in nats) that the run left of its latents; empty where there is none."""
     try:
-        with (run.path / LEVELS).open(newline="") as file:
+        with (run.path / LEVELS).open(newline="", encoding="utf-8") as file:
             rows = [(int(row["t"]), float(row["nats"])) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return [], []
     return [t for t, _ in rows], [kl for _, kl in rows]
 
@@ -170,5 +215,5 @@ def rate_distortion(run: Run) -> tuple[list[float], list[float]]:
         results = _json(run.path / EVALUATION)["results"]
         steps = next(iter(results.values()))["steps"]
         return [float(rate) for rate in steps["rate_bits_per_dim"]], [float(error) for error in steps["rmse_levels"]]
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except (*UNREADABLE, StopIteration):
         return [], []

@@ -48,7 +48,10 @@ class Group:
     @property
     def label(self) -> str:
         """The settings in a few words."""
-        return ", ".join(f"{_short(key)}={value}" for key, value in self.values.items()) or self.runs[0].name
+        ends = [_short(key) for key in self.values]
+        names = [end if ends.count(end) == 1 else key for end, key in zip(ends, self.values, strict=True)]
+        parts = [f"{name}={shown(value)}" for name, value in zip(names, self.values.values(), strict=True)]
+        return ", ".join(parts) or (self.runs[0].name if len(self.runs) == 1 else "all runs")
 
     def average(self, of) -> float | None:
         """Returns the mean of a number of each run, or ``None`` where one has none."""
@@ -60,15 +63,52 @@ def _short(key: str) -> str:
     return key.replace("/", ".").split(".")[-1]
 
 
+def shown(value: Any) -> str:
+    """Returns a setting as it is printed; what a run does not have is a dash."""
+    return "–" if value is None else str(value)
+
+
+def _same(value: Any) -> str:
+    """Returns what equal settings share: 1 and 1.0 are one value."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return repr(float(value)) if number and abs(value) < 2**53 else repr(value)
+
+
 def varied_settings(runs: Sequence[Run]) -> list[str]:
-    """Returns what varies over runs: groups whose choice differs, and settings that differ otherwise; never the seed."""
-    choices = sorted({key for run in runs for key in run.choices if "hydra" not in key and "@" not in key})
-    chosen = [key for key in choices if len({run.choices.get(key) for run in runs}) > 1]
-    chosen = [key for key in chosen if not any(key.startswith(f"{outer}/") for outer in chosen)]
-    within = tuple(f"{key.replace('/', '.')}." for key in chosen)  # what the choice itself brought along
+    """Returns what varies over runs: groups whose choice differs, and settings that differ otherwise; never the seed.
+
+    What a choice brought along is not repeated: model/network and model.levels where the data alone decides them. It is named
+    where it differs between runs of the same choice.
+    """
+    chosen: list[str] = []
+    choices = sorted({key for run in runs for key in run.choices if "@" not in key} - {"logger"})
+    for key in sorted(choices, key=lambda key: (key != "experiment", key.count("/"), key)):  # what decides others comes first
+        if _differ([run.choices.get(key) for run in runs]) and not _implied(runs, key, chosen):
+            chosen.append(key)
     keys = sorted({key for run in runs for key in run.settings} - {"seed", "overrides"})
-    differing = [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
-    return [*chosen, *(key for key in differing if not key.startswith(within) and not _follows(key, differing))]
+    differing = [key for key in keys if _differ([run.settings.get(key) for run in runs])]
+    differing = [key for key in differing if not _implied(runs, key, chosen) and not _follows(key, differing)]
+    return [*sorted(chosen), *differing]
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return len({_same(value) for value in values}) > 1
+
+
+def _implied(runs: Sequence[Run], key: str, chosen: Sequence[str]) -> bool:
+    """Whether the choices that bear on a choice or setting leave nothing of it open in these runs."""
+    place = key.replace("/", ".")
+    bearing = [
+        choice
+        for choice in chosen
+        if choice == "experiment"
+        or place.startswith(f"{choice.replace('/', '.')}.")
+        or (choice.split("/")[0] == "data" and place.startswith(("data.", "model.")))
+    ]
+    values: dict[tuple, set[str]] = {}
+    for run in runs:
+        values.setdefault(tuple(run.choices.get(choice) for choice in bearing), set()).add(_same(value_of(run, key)))
+    return bool(bearing) and all(len(own) == 1 for own in values.values())
 
 
 def _follows(key: str, differing: Sequence[str]) -> bool:
@@ -106,22 +146,35 @@ def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Gr
     if not measured:
         known = sorted({name for run in runs for name in run.result.get("metrics", {})})
         raise SettingError(f"metric={metric} is in none of these runs: choose among {', '.join(['val/bpd', *known])}")
-    sign = -1 if metric.split("/")[-1] in ("elbo", "reconstruction") else 1
+    sign = -1 if higher_is_better(metric) else 1
     members: dict[str, list[Run]] = {}
     for run in measured:
-        members.setdefault(repr([value_of(run, key) for key in keys]), []).append(run)
+        members.setdefault(repr([_same(value_of(run, key)) for key in keys]), []).append(run)
     groups = []
     for own in members.values():
-        own = sorted(own, key=lambda run: (str(run.seed), run.name))
+        own = sorted(own, key=lambda run: (len(str(run.seed)), str(run.seed), run.name))
         groups.append(Group({key: value_of(own[0], key) for key in keys}, own, [run.metric(metric) for run in own]))
     groups.sort(key=lambda one: sign * one.mean)
     return [groups[0], *(_against(groups[0], other) for other in groups[1:])]
 
 
+def higher_is_better(metric: str) -> bool:
+    """Whether more of it is better."""
+    return metric.split("/")[-1] in ("elbo", "reconstruction")
+
+
+def _by_seed(group: Group) -> dict[str, float]:
+    """Returns the mean figure of each seed: a group that pools settings has several runs of one."""
+    figures: dict[str, list[float]] = {}
+    for run, figure in zip(group.runs, group.figures, strict=True):
+        figures.setdefault(str(run.seed), []).append(figure)
+    return {seed: float(np.mean(own)) for seed, own in figures.items()}
+
+
 def _against(best: Group, other: Group) -> Group:
     """Adds the paired difference to the best group, with a t interval."""
-    ours = {run.seed: figure for run, figure in zip(best.runs, best.figures, strict=True)}
-    pairs = [figure - ours[run.seed] for run, figure in zip(other.runs, other.figures, strict=True) if run.seed in ours]
+    ours, theirs = _by_seed(best), _by_seed(other)
+    pairs = [figure - ours[seed] for seed, figure in theirs.items() if seed in ours]
     half = math.nan
     if len(pairs) > 1:
         half = float(stats.t.ppf(0.5 + LEVEL / 2, len(pairs) - 1) * np.std(pairs, ddof=1) / math.sqrt(len(pairs)))

@@ -28,7 +28,9 @@ def run(cfg: DictConfig) -> None:
     left_out = [*(_line(one) for one in runs if not one.result), *(f"skipped: {line}" for line in skipped)]
     if not finished:
         raise SettingError(f"runs={','.join(patterns)}: none of the {len(runs)} runs is finished ({left_out[0]})")
-    groups = group(finished, _listed(cfg.by) if cfg.by else None, cfg.metric)
+    groups = group(finished, _listed(cfg.by) if cfg.by else None, str(cfg.metric))
+    measured = {one.path for own in groups for one in own.runs}
+    left_out += [f"no finite {cfg.metric}: {one.path}" for one in finished if one.path not in measured]
     console = Console()
     console = console if console.is_terminal else Console(width=160)  # a file has no edge
     console.print(terminal(groups, cfg.metric))
@@ -36,9 +38,13 @@ def run(cfg: DictConfig) -> None:
         print(line)
     out = _new_directory(Path(cfg.out))
     title = f"{cfg.metric}: {', '.join(groups[0].values) or 'runs'}"
-    (out / "comparison.csv").write_text(as_csv(groups, cfg.metric))
-    (out / "comparison.md").write_text(as_markdown(groups, cfg.metric, left_out))
-    (out / "comparison.html").write_text(page(groups, cfg.metric, left_out, title))
+    texts = {
+        "csv": as_csv(groups, cfg.metric),
+        "md": as_markdown(groups, cfg.metric, left_out),
+        "html": page(groups, cfg.metric, left_out, title),
+    }
+    for ending, text in texts.items():
+        (out / f"comparison.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     print(f"wrote {out}/comparison.html, .csv and .md", flush=True)
 
 
@@ -51,10 +57,13 @@ def _line(one: Run) -> str:
 
 
 def _new_directory(wished: Path) -> Path:
-    """Makes the directory, under the next free number if it holds a comparison already."""
+    """Makes the directory, under the next free number if it holds a comparison already, or part of one."""
     number, out = 1, wished
-    while (out / "comparison.html").exists():
+    while list(out.glob("comparison.*")):
         number += 1
-        out = wished.with_name(f"{wished.name}-{number}")
-    out.mkdir(parents=True, exist_ok=True)
+        out = wished.with_name(f"{wished.name}-{number}") if wished.name else Path(f"comparison-{number}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"out={out} cannot be made: {error.strerror}") from error
     return out

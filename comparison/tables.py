@@ -7,22 +7,23 @@ import io
 import math
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
-from comparison.collect import Run
-from comparison.groups import LEVEL, Group
+from comparison.groups import LEVEL, Group, shown
 
 TERMS = ("reconstruction", "prior", "matching")
 
 
-def _term(run: Run, term: str) -> float | None:
-    cost = run.result.get("costs", {}).get(term, {})
-    return cost.get("bits_per_dim", cost.get("nats"))
+def _unit(groups: Sequence[Group]) -> str:
+    """Returns the costs' unit: bits/dim where every run has them, as continuous data has not."""
+    runs = [run for group in groups for run in group.runs]
+    return "bits_per_dim" if all("bits_per_dim" in run.result.get("costs", {}).get("elbo", {}) for run in runs) else "nats"
 
 
 def header(groups: Sequence[Group], metric: str) -> list[str]:
     """Returns the columns' names."""
-    unit = "bits/dim" if "bits_per_dim" in groups[0].runs[0].result.get("costs", {}).get("elbo", {}) else "nats"
+    unit = _unit(groups).replace("_per_", "/")
     return [
         *groups[0].values,
         "runs",
@@ -36,8 +37,13 @@ def header(groups: Sequence[Group], metric: str) -> list[str]:
     ]
 
 
-def cells(group: Group) -> list[str]:
-    """Returns one group's row."""
+def rows(groups: Sequence[Group]) -> list[list[str]]:
+    """Returns a row for each group."""
+    unit = _unit(groups)
+    return [_cells(group, unit) for group in groups]
+
+
+def _cells(group: Group, unit: str) -> list[str]:
     mean, half = group.difference
     difference = "best"
     if group.common_seeds or math.isnan(mean):
@@ -48,12 +54,12 @@ def cells(group: Group) -> list[str]:
             if not math.isnan(mean)
             else "no common seed"
         )
-    terms = [group.average(lambda run, term=term: _term(run, term)) for term in TERMS]
+    terms = [group.average(lambda run, term=term: run.result.get("costs", {}).get(term, {}).get(unit)) for term in TERMS]
     parameters = group.average(lambda run: run.result.get("parameters"))
     seconds = group.average(lambda run: run.result.get("seconds", {}).get("total"))
     speed = group.average(lambda run: run.images_per_second)
     return [
-        *(str(value) for value in group.values.values()),
+        *(shown(value) for value in group.values.values()),
         str(len(group.runs)),
         f"{group.mean:.4f}",
         "" if math.isnan(group.deviation) else f"{group.deviation:.4f}",
@@ -68,12 +74,14 @@ def cells(group: Group) -> list[str]:
 def terminal(groups: Sequence[Group], metric: str) -> Table:
     """Returns the table for the terminal, best first: what the files have beside it is left out, for width."""
     names = header(groups, metric)
-    shown = len(groups[0].values) + 4 + len(TERMS)
-    table = Table(title=f"{metric}, best first; costs in {names[-4].split()[-1].strip('()')}", title_justify="left")
-    for index, name in enumerate(names[:shown]):
-        table.add_column(name.split(" (")[0], justify="left" if index < len(groups[0].values) else "right", overflow="fold")
-    for group in groups:
-        table.add_row(*cells(group)[:shown], style="bold" if group is groups[0] else None)
+    columns = len(groups[0].values) + 4 + len(TERMS)
+    title = f"{metric}, best first; costs in {_unit(groups).replace('_per_', '/')}"
+    table = Table(title=escape(title), title_justify="left")
+    for index, name in enumerate(names[:columns]):
+        title = escape(name.split(" (")[0])
+        table.add_column(title, justify="left" if index < len(groups[0].values) else "right", overflow="fold")
+    for index, row in enumerate(rows(groups)):
+        table.add_row(*map(escape, row[:columns]), style=None if index else "bold")
     return table
 
 
@@ -82,13 +90,17 @@ def as_csv(groups: Sequence[Group], metric: str) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(header(groups, metric))
-    writer.writerows(cells(group) for group in groups)
+    writer.writerows(rows(groups))
     return text.getvalue()
+
+
+def _in_a_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def as_markdown(groups: Sequence[Group], metric: str, left_out: Sequence[str]) -> str:
     """Returns the table as Markdown, with what was left out below."""
     names = header(groups, metric)
-    rows = [cells(group) for group in groups]
-    lines = [f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *rows)]
+    kept = [[_in_a_cell(text) for text in row] for row in (names, *rows(groups))]
+    lines = [f"| {' | '.join(row)} |" for row in (kept[0], ["---"] * len(names), *kept[1:])]
     return "\n".join([*lines, "", *(f"- {line}" for line in left_out), ""])
