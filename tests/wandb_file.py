@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,14 +35,21 @@ def records(path: Path) -> Iterator:
             yield Record.FromString(pieces)
 
 
-def read(directory: Path) -> dict[str, list]:
-    """Returns {record type: [records]} of the only run in ``directory`` (``.../wandb``)."""
-    (path,) = directory.glob("offline-run-*/run-*.wandb")
-    found: dict[str, list] = {}
-    for record in records(path):
-        kind = record.WhichOneof("record_type")
-        found.setdefault(kind, []).append(getattr(record, kind))
-    return found
+def read(directory: Path, patience: float = 30.0) -> dict[str, list]:
+    """Returns {record type: [records]} of the only run in ``directory`` (``.../wandb``), once it has ended.
+
+    W&B's own process writes the file: on a busy machine its last blocks come after ``finish`` has returned.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        (path,) = directory.glob("offline-run-*/run-*.wandb")
+        found: dict[str, list] = {}
+        for record in records(path):
+            kind = record.WhichOneof("record_type")
+            found.setdefault(kind, []).append(getattr(record, kind))
+        if "exit" in found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
 
 
 def values(items) -> dict:
