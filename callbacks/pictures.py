@@ -78,18 +78,21 @@ class Pictures(Callback):
 
     def _profile(self, trainer: Trainer, module: LightningModule, x: Tensor) -> None:
         kls = module.level_kls(x).mean(1).cpu()
-        self._table(kls)
+        self._table(trainer, kls)
         unit = "nats" if module.levels is None else "bits/dim"
         values = kls if module.levels is None else nats_to_bits_per_dim(kls, module.num_dims)
         caption = f"KL of each latent z₁..z_{len(values)}, mean of {len(x)} test images, {unit}; sum {values.sum():.3f} {unit}"
         self._save(trainer, draw_profile(values.numpy(), unit, caption), "plots/kl_per_level.png", "kl_per_level", caption)
 
-    def _table(self, kls: Tensor) -> None:
-        """Writes the numbers behind the profile, for runs to be laid over each other: t and nats."""
+    def _table(self, trainer: Trainer, kls: Tensor) -> None:
+        """Writes the numbers behind the profile, for runs to be laid over each other: t and nats, as a file and in W&B."""
         target = self.directory / "plots" / "kl_per_level.csv"
         target.parent.mkdir(parents=True, exist_ok=True)
-        lines = [f"{t},{value:.9g}" for t, value in enumerate(kls.tolist(), start=1)]
-        target.write_text("\n".join(["t,nats", *lines, ""]))
+        rows = list(enumerate(kls.tolist(), start=1))
+        target.write_text("\n".join(["t,nats", *(f"{t},{value:.9g}" for t, value in rows), ""]))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("profile/kl_per_level", ["t", "nats"], [list(row) for row in rows], step=trainer.global_step)
 
     def _save(self, trainer: Trainer, figure: plt.Figure, path: str, key: str, caption: str) -> None:
         target = self.directory / path

@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
     left_out += [f"no finite {cfg.metric}: {one.path}" for one in finished if one.path not in measured]
     console = Console()
     console = console if console.is_terminal else Console(width=160)  # a file has no edge
-    console.print(terminal(groups, cfg.metric))
+    console.print(terminal(groups, cfg.metric, console.width))
     for line in left_out:
         print(line)
     out = _new_directory(Path(cfg.out))

@@ -13,6 +13,7 @@ from rich.table import Table
 from comparison.groups import LEVEL, Group, shown
 
 TERMS = ("reconstruction", "prior", "matching")
+WIDE = 140  # columns of characters that hold every column of the table
 
 
 def _unit(groups: Sequence[Group]) -> str:
@@ -71,10 +72,10 @@ def _cells(group: Group, unit: str) -> list[str]:
     ]
 
 
-def terminal(groups: Sequence[Group], metric: str) -> Table:
-    """Returns the table for the terminal, best first: what the files have beside it is left out, for width."""
+def terminal(groups: Sequence[Group], metric: str, width: int) -> Table:
+    """Returns the table for a terminal, best first; a narrow one leaves out parameters and times, which the files have."""
     names = header(groups, metric)
-    columns = len(groups[0].values) + 4 + len(TERMS)
+    columns = len(names) if width >= WIDE else len(groups[0].values) + 4 + len(TERMS)
     title = f"{metric}, best first; costs in {_unit(groups).replace('_per_', '/')}"
     table = Table(title=escape(title), title_justify="left")
     for index, name in enumerate(names[:columns]):

@@ -102,6 +102,11 @@ def check_settings(cfg: DictConfig) -> None:
         raise SettingError(f"seed={cfg.seed}: give an integer from 0 to 4294967295")
     if str(cfg.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
         raise SettingError(f"trainer.precision={cfg.trainer.precision} is not supported: choose bf16-mixed or 32-true")
+    if cfg.trainer.get("overfit_batches"):
+        raise SettingError(
+            f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
+            "the data: set trainer.limit_train_batches and trainer.limit_val_batches"
+        )
     if cfg.model.optimizer.get("lr", 1.0) <= 0:
         raise SettingError(f"model.optimizer.lr={cfg.model.optimizer.lr} must be above 0")
 

@@ -1,5 +1,7 @@
 """What a run leaves in W&B, read back from its file: nothing here asks the library that wrote it."""
 
+import json
+
 import pytest
 import torch
 
@@ -34,6 +36,8 @@ def test_a_run_is_named_grouped_and_configured_from_its_choices(tmp_path):
     steps = [row["_step"] for row in history]
     assert steps == sorted(steps)
     pictures = {key.split(".")[0] for key in keys if key.startswith("pictures/")}
+    (table,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/profile/kl_per_level*.json")
+    assert json.loads(table.read_text())["columns"] == ["t", "nats"]
     assert pictures == {"pictures/samples", "pictures/reconstructions", "pictures/kl_per_level"}
     assert found["exit"][-1].exit_code == 0
 

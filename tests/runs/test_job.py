@@ -99,6 +99,7 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["ckpt=nowhere.ckpt"], "nowhere.ckpt"),
         (["seed=-1"], "seed"),
         (["model.optimizer.lr=-1"], "lr"),
+        (["+trainer.overfit_batches=2"], "limit_train_batches"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_sentence_before_training(overrides, sentence, tmp_path):
