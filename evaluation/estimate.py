@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from evaluation.estimators import LEAST_REPLICATES, Estimator, Prepared, terms_of
 from evaluation.profile import StepMoments, measure_steps
+from evaluation.setting import Setting
 from evaluation.statistics import Figure, figure
 from lightning_modules import DDPMLightningModule
 from losses import Elbo
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError
-
-if TYPE_CHECKING:
-    from evaluation.job import Setting
 
 PROFILE_IMAGES = 32
 PILOT_IMAGES = 32

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import evaluation.job
+import evaluation.extras
 from evaluation.flow import ProbabilityFlow
 from lightning_modules import VAELightningModule
 from networks import MLPDenoiser
@@ -341,7 +341,7 @@ def test_an_interrupted_evaluation_is_that_of_the_images_so_far(runs, tmp_path, 
     ("name", "owner", "function", "asked"),
     [
         ("vae", VAELightningModule, "log_weight", "iwae_samples=2"),
-        ("vae", evaluation.job, "measure_levels", "balance=true"),
+        ("vae", evaluation.extras, "measure_levels", "balance=true"),
         ("ddpm", ProbabilityFlow, "log_likelihood", "probability_flow=1"),
     ],
 )

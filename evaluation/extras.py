@@ -1,0 +1,131 @@
+"""What is worked out beside the bound when it is asked for: other bounds, the latents' balance, pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from evaluation.balance import LevelBalance, measure_levels
+from evaluation.estimate import Bound
+from evaluation.flow import ProbabilityFlow
+from evaluation.importance_weighted import importance_weighted
+from evaluation.pictures import draw_images, draw_rate_distortion, draw_steps, draw_units
+from evaluation.setting import Setting
+from evaluation.statistics import Figure, figure
+from lightning_modules import LikelihoodModule
+from losses.elbo import nats_to_bits_per_dim
+
+BALANCE_DRAWS = 8
+
+
+def extras(setting: Setting, bound: Bound, records: dict[str, Any]) -> dict[str, Any]:
+    """Works out what was asked for beside the bound, adding each to ``records`` when it is finished: {name: figure}."""
+    cfg, model = setting.cfg, setting.model
+    if cfg.iwae_samples:
+        records["iwae"] = iwae_record(setting, bound)
+    if cfg.probability_flow:
+        records["probability_flow"] = flow_record(setting)
+    levels: list[LevelBalance] = []
+    if cfg.balance and hasattr(model, "levels_of"):
+        levels, aggregate = measure_levels(model, setting.rows(BALANCE_DRAWS, "balance"), setting.fabric, cfg.batch_size)
+        records["balance"] = {"levels": [level_record(level) for level in levels], **aggregate}
+    return draw(setting, bound, levels) if cfg.pictures and setting.fabric.is_global_zero else {}
+
+
+def draw(setting: Setting, bound: Bound, levels: list[LevelBalance]) -> dict[str, Any]:
+    """Draws every picture that this model and data have: {name: figure}."""
+    model, pictures = setting.model, {}
+    unit = "nats" if model.levels is None else "bits/dim"
+    if bound.moments is not None:
+        pictures["kl_per_step"] = draw_steps(bound.moments, model.num_dims, unit)
+        if model.levels is not None:
+            pictures["rate_distortion"] = draw_rate_distortion(bound.moments, model.num_dims, model.levels)
+    if levels:
+        pictures["kl_per_unit"] = draw_units(levels)
+    if model.levels is not None:
+        bits = nats_to_bits_per_dim(-bound.values.mean(1), model.num_dims)
+        images = setting.images.index_select(0, bound.order)
+        pictures["bits_per_image"] = draw_images(bits, images, model.levels, setting.cfg.split)
+    return pictures
+
+
+def in_units(value: Figure, model: LikelihoodModule) -> dict[str, Any]:
+    """Returns a figure of ln p in nats, and as a cost in bits/dim where there are levels."""
+    record: dict[str, Any] = {"nats": value.as_dict()}
+    if model.levels is not None:
+        scale = nats_to_bits_per_dim(1.0, model.num_dims)
+        record["bits_per_dim"] = {**value.as_dict(scale), "mean": -value.mean * scale}
+    return record
+
+
+def iwae_record(setting: Setting, bound: Bound) -> dict[str, Any]:
+    """Works out the importance-weighted bound and its gap to the ELBO."""
+    cfg = setting.cfg
+    rows = setting.rows(cfg.iwae_samples, "iwae")
+    with setting.progress(f"importance-weighted bound, K = {cfg.iwae_samples}", len(rows)) as done:
+        weighted = importance_weighted(setting.model, rows, setting.fabric, cfg.batch_size, done)
+    one = torch.zeros(len(rows.order), dtype=torch.int64)
+    gap = figure((weighted.bounds - bound.values.mean(1)).unsqueeze(1), one)
+    return {
+        "samples": cfg.iwae_samples,
+        **in_units(figure(weighted.bounds.unsqueeze(1), one), setting.model),
+        "gap_to_elbo": in_units(gap, setting.model)["nats"],
+        "effective_samples": weighted.effective.mean().item(),
+    }
+
+
+def flow_record(setting: Setting) -> dict[str, Any]:
+    """Works out the probability flow's likelihood, ``probability_flow`` dequantisations an image."""
+    cfg, model = setting.cfg, setting.model
+    flow = ProbabilityFlow(model)
+    rows = setting.rows(cfg.probability_flow, "flow")
+    with setting.progress("probability flow", len(rows)) as done:
+        values, _ = setting.gather(rows, lambda x: flow.log_likelihood(x).unsqueeze(1), 1, done)
+    summary = figure(values[..., 0], torch.arange(len(rows.order)))
+    return {
+        **flow.describe(),
+        "dequantisations": cfg.probability_flow,
+        **in_units(summary, model),
+        "evaluations": flow.evaluations,
+    }
+
+
+def level_record(level: LevelBalance) -> dict[str, Any]:
+    """Returns one level's balance as plain values, nats."""
+    return {
+        "kl": level.kl.sum().item(),
+        "active_units": level.active,
+        "units": len(level.kl),
+        "kl_per_unit": level.kl.tolist(),
+        "mean_variance_per_unit": level.mean_variance.tolist(),
+        "aggregate_mean_per_unit": level.aggregate_mean.tolist(),
+        "aggregate_variance_per_unit": level.aggregate_variance.tolist(),
+    }
+
+
+def extra_lines(extra: dict[str, Any], model: LikelihoodModule) -> list[str]:
+    """Returns a line for each thing that was worked out beside the bound."""
+    unit = "nats" if model.levels is None else "bits/dim"
+
+    def shown(record: dict[str, Any]) -> str:
+        value = record["nats" if model.levels is None else "bits_per_dim"]
+        return f"{value['mean']:.4f} ± {value['se']:.4f} {unit}"
+
+    lines = []
+    if iwae := extra.get("iwae"):
+        lines.append(
+            f"importance-weighted bound, K = {iwae['samples']}: {shown(iwae)}; {iwae['gap_to_elbo']['mean']:.3f} nats above "
+            f"the ELBO; {iwae['effective_samples']:.1f} effective samples"
+        )
+    if flow := extra.get("probability_flow"):
+        lines.append(f"probability flow: {shown(flow)} — {flow['protocol']}")
+    for number, level in enumerate(extra.get("balance", {}).get("levels", []), start=1):
+        lines.append(f"z_{number}: KL {level['kl']:.3f} nats, {level['active_units']} of {level['units']} units active")
+    if "mutual_information" in extra.get("balance", {}):
+        split = extra["balance"]
+        lines.append(
+            f"KL to the prior = {split['mutual_information']:.3f} nats of information about the image (at most ln N) + "
+            f"{split['marginal_kl']:.3f} nats between the aggregate posterior and the prior"
+        )
+    return lines
