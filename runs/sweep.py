@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -84,6 +85,7 @@ def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float |
     with open_dict(cfg):
         cfg.ckpt = "last" if resumed else cfg.ckpt
         _name_in_wandb(cfg, sweep, directory, overrides)
+    share_threads()
     try:
         with one_job(ENTRY, directory, ("ckpt=last",) if resumed else ()):
             objective = run(cfg)
@@ -95,6 +97,17 @@ def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float |
         return None
     write_state(directory, "done", overrides)
     return objective
+
+
+def share_threads() -> None:
+    """Divides this machine's threads among the jobs that joblib runs at once."""
+    at_once = HydraConfig.get().launcher.get("n_jobs")
+    if at_once is None:
+        return
+    import torch
+
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // (cores if at_once < 0 else at_once)))
 
 
 def varied(overrides: Sequence[str], sweep: Path) -> list[str]:
@@ -137,6 +150,7 @@ class SweepReport(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the plan. Sweepers that choose as they go have none."""
         self.directory = Path(str(config.hydra.sweep.dir))
+        self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             return
         table = Table(title=f"sweep in {self.directory}", title_justify="left")

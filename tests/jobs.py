@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,11 @@ def command(*overrides: str, cwd: Path) -> subprocess.CompletedProcess:
         [sys.executable, str(ROOT / "train.py"), *overrides],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
+
+
+def heed_ctrl_c() -> None:
+    """For a child process that is to be interrupted: background shells make their children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def result(directory: Path) -> dict:

@@ -18,7 +18,7 @@ from lightning_modules import VAELightningModule
 from networks import MLPDenoiser
 from runs.build import SettingError, build_part
 from tests.evaluation.evaluations import arguments, environment, evaluate_here, record
-from tests.jobs import result, run_here
+from tests.jobs import heed_ctrl_c, result, run_here
 
 BITS = 1 / (64 * math.log(2))
 COSTS = ("reconstruction", "prior", "matching", "elbo")
@@ -394,7 +394,7 @@ def test_ctrl_c_prints_the_table_so_far_and_exits_as_a_shell_expects(runs, tmp_p
     run = runs.copy("vae", tmp_path)
     process = subprocess.Popen(
         arguments(f"run={run}", "replicates=8000", "iwae_samples=10"), cwd=tmp_path, env=environment(tmp_path), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     lines, deadline = [], time.monotonic() + 100
     for line in process.stdout:

@@ -36,7 +36,11 @@ NEEDS = {
 def choices():
     for path in sorted(CONF.rglob("*.yaml")):
         group = path.parent.relative_to(CONF).as_posix()
-        if group not in (".", "experiment", "evaluation", "wandb") and not group.startswith("recipe"):
+        if (
+            not group.startswith("hydra")
+            and group not in (".", "experiment", "evaluation", "wandb")
+            and not group.startswith("recipe")
+        ):
             yield f"{group}={path.stem}"
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from runs.build import SettingError
-from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, result, run_here
+from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result, run_here
 
 MODELS = {"vae": ("model=vae",), "mhvae": ("model=mhvae",), "ddpm": SMALL_DDPM}
 TERMS = ("bpd", "elbo", "reconstruction", "prior", "matching")
@@ -238,7 +238,7 @@ def test_ctrl_c_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_p
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "here" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:

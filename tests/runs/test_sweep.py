@@ -132,7 +132,7 @@ def alone(tmp_path_factory):
 
 LAUNCHERS = {
     "basic": (),
-    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    "joblib": ("hydra/launcher=cores", "hydra.launcher.n_jobs=2"),
     "submitit_local": ("hydra/launcher=submitit_local",),
 }
 
@@ -153,6 +153,15 @@ def test_two_ranks_in_a_sweep_are_one_job_each_under_every_launcher(launcher, al
         assert pair == pytest.approx(alone[seed], abs=1e-4)
 
 
+def test_a_diverging_job_fails_and_the_slurm_launcher_composes(tmp_path):
+    done = command("-m", *JOB, "model.optimizer.lr=1e-3,1e30", "trainer.gradient_clip_val=null", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 of 2 jobs done" in done.stdout
+    assert "training diverged" in done.stdout
+    done = command("hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher", cwd=tmp_path)
+    assert "timeout_min: 240" in done.stdout, done.stderr
+
+
 def test_devices_may_vary_within_a_sweep(alone, tmp_path):
     done = command("-m", *RANKS, "trainer.devices=2,1,2", "seed=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -166,8 +175,7 @@ def test_devices_may_vary_within_a_sweep(alone, tmp_path):
 def test_optuna_minimises_the_validation_figure_with_two_ranks_and_goes_on(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     overrides = [
-        "-m", "hydra/sweeper=optuna", f"hydra.sweeper.storage=sqlite:///{tmp_path}/study.db", "hydra.sweeper.study_name=lr",
-        "hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=2", *RANKS, "trainer.devices=2",
+        "-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", *RANKS, "trainer.devices=2",
         "model.optimizer.lr=interval(1e-4,1e-2)",
     ]  # fmt: skip
     for trials in (2, 4):
