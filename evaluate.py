@@ -30,4 +30,6 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    from runs.entry import start
+
+    start(main)

@@ -33,10 +33,11 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    from runs.entry import start
     from runs.identity import is_sweep, with_sweep_directory
 
     sys.argv = with_sweep_directory(sys.argv)
-    main()
+    start(main)
     if is_sweep(sys.argv):
         from runs.sweep import SweepReport
 

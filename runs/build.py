@@ -8,6 +8,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 class SettingError(Exception):
@@ -36,5 +37,12 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Returns a config as plain containers, resolved: what a checkpoint, W&B and config.yaml hold."""
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    """Returns a config as plain containers, resolved: what a checkpoint, W&B and config.yaml hold.
+
+    Raises:
+        SettingError: if a value is missing, or refers to what is not there.
+    """
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SettingError(" ".join(str(error).split())) from None

@@ -183,9 +183,26 @@ def test_the_command_works_from_anywhere_and_refuses_in_one_line(tmp_path):
     done = command("model=vae", "data.batch_size=0", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == ["error: data.batch_size=0: give an integer of at least 1"]
-    done = command("model=vae", "model/schedule=cosine", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model=vea", ["vea", "vae", "mhvae"]),
+        ("modle=vae", ["modle"]),
+        ("model/schedule=cosinus", ["cosinus", "log_snr_linear"]),
+        ("model.latent_dims=3", ["latent_dims"]),
+        ("seed=[", ["input '['"]),
+        ("data.batch_size=${nothing}", ["nothing"]),
+    ],
+)
+def test_what_hydra_refuses_is_one_line_too(override, words, tmp_path):
+    done = command(override, cwd=tmp_path)
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words)
+    assert not list(tmp_path.rglob("config.yaml"))
 
 
 def test_two_ranks_are_one_run_with_the_figures_of_one_rank(tmp_path):

@@ -1,0 +1,36 @@
+"""How an entry point starts: what Hydra refuses is said in one sentence, as every other refusal is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+FULL = "HYDRA_FULL_ERROR"
+
+
+def start(main: Callable[[], object]) -> None:
+    """Runs a ``hydra.main`` function; a misspelt group, choice or setting ends it with one line and exit code 1.
+
+    Args:
+        main: the decorated function.
+    """
+    if os.environ.get(FULL):  # asked for by the user: everything Hydra has to say
+        main()
+        return
+    os.environ[FULL] = "1"  # Hydra then raises what it would print over many lines
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {sentence(error)}")
+    finally:
+        os.environ.pop(FULL, None)
+
+
+def sentence(error: BaseException) -> str:
+    """Returns an error's text in one line, without where Hydra searched and what it says of itself."""
+    text = str(error).split("Config search path")[0].split("Set the environment variable")[0].split("See https://hydra.cc")[0]
+    return " ".join(text.split())
