@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import plain
+from runs.directory import write_json
 from runs.report import TITLES, versions
 
 KEPT_STEPS = 100  # at most, spread over ln t
@@ -136,9 +136,7 @@ def write_new(directory: Path, record: dict[str, Any], pictures: dict[str, Any])
         for path, kept in ((target, directory / f"evaluation-{number}.json"), (plots, plots.with_name(f"evaluation-{number}"))):
             if path.exists():
                 path.rename(kept)
-    draft = target.with_suffix(".tmp")
-    draft.write_text(json.dumps(record, indent=2) + "\n")
-    draft.replace(target)
+    write_json(target, record)
     for name, picture in pictures.items():
         plots.mkdir(parents=True, exist_ok=True)
         picture.savefig(plots / f"{name}.png", dpi=140)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,13 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
             "version of this framework that wrote it"
         )
     return checkpoint
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record at once, so that a file that is there is whole."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(json.dumps(record, indent=2) + "\n")
+    draft.replace(path)
 
 
 def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
-from runs.directory import CONFIG, FORMAT, LAST, RESULT, claim, find_checkpoint, read_checkpoint, same_model
+from runs.directory import CONFIG, FORMAT, LAST, RESULT, claim, find_checkpoint, read_checkpoint, same_model, write_json
 from runs.report import result_record, table
 
 
@@ -269,14 +268,6 @@ def test(
         "seconds": {"train": round(train_seconds, 2), "total": round(time.monotonic() - started, 2)},
     }
     record = result_record(metrics, model.num_dims, model.levels, objective=best_figure, **facts)
-    write_result(record, directory)
     if trainer.is_global_zero:
+        write_json(directory / RESULT, record)
         Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, step {step}"))
-
-
-@rank_zero_only
-def write_result(record: dict[str, Any], directory: Path) -> None:
-    """Writes result.json at once, so that a file that is there is whole."""
-    draft = directory / f"{RESULT}.tmp"
-    draft.write_text(json.dumps(record, indent=2) + "\n")
-    draft.replace(directory / RESULT)

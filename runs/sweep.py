@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from runs.directory import LAST, RESULT
+from runs.directory import LAST, RESULT, write_json
 from runs.identity import job_name
 from runs.relaunch import one_job
 
@@ -51,9 +51,7 @@ def read_state(directory: Path) -> tuple[str, str]:
 def write_state(directory: Path, status: str, overrides: Sequence[str], reason: str = "") -> None:
     """Writes job.json at once, so that a killed job leaves a whole one."""
     record = {"status": status, "reason": reason, "overrides": list(overrides), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-    draft = directory / f"{STATE}.tmp"
-    draft.write_text(json.dumps(record, indent=2) + "\n")
-    draft.replace(directory / STATE)
+    write_json(directory / STATE, record)
 
 
 def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float | None:
