@@ -15,14 +15,10 @@ from typing import Any
 import yaml
 
 from runs.build import SettingError
+from runs.directory import CONFIG, RESULT
+from runs.sweep import STATE
 
-CONFIG, RESULT, STATE, LEVELS, EVALUATION = (
-    "config.yaml",
-    "result.json",
-    "job.json",
-    "plots/kl_per_level.csv",
-    "evaluation.json",
-)
+LEVELS, EVALUATION = "plots/kl_per_level.csv", "evaluation.json"
 SETTINGS = ("model", "data", "trainer", "callbacks", "seed")  # of a config, what figures depend on
 INCIDENTAL = (
     "data.root", "data.seed", "data.download", "trainer.enable_progress_bar",
