@@ -7,21 +7,62 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
 
 class Vitals(Callback):
-    """Logs train/{lr, grad_norm, images_per_second, images_seen} every ``log_every_n_steps``, and memory on a GPU.
+    """Logs train/{lr, grad_norm, images_per_second} every ``log_every_n_steps``, GPU memory, and images_seen in every row.
 
     The gradient's norm is taken before clipping. Throughput counts training alone: the clock stops for validation.
+
+    Attributes:
+        images_seen: by the optimiser, over all devices and sessions of the run; checkpoints hold it.
+        session_seconds: of training and validation in this process, once it is over.
     """
 
     def __init__(self) -> None:
         self._since, self._images = time.monotonic(), 0
+        self.images_seen, self.session_seconds, self._earlier, self._began, self._step = 0, 0.0, 0.0, None, 0
+
+    # -- what the run has cost so far: images and seconds, over all of its sessions
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and validation, over all sessions."""
+        running = 0.0 if self._began is None else time.monotonic() - self._began
+        return self._earlier + self.session_seconds + running
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the totals with the weights."""
+        checkpoint["totals"] = {"images_seen": self.images_seen, "seconds": self.seconds}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Goes on counting where training goes on; testing the best weights takes nothing back."""
+        if trainer.state.fn == TrainerFn.FITTING and "totals" in checkpoint:
+            self.images_seen, self._earlier = checkpoint["totals"]["images_seen"], checkpoint["totals"]["seconds"]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock of the totals."""
+        self.session_seconds, self._began = time.monotonic() - self._began, None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds images_seen to the row of val/*."""
+        self._log_images_seen(pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds images_seen to the row of test/*."""
+        self._log_images_seen(pl_module)
+
+    def _log_images_seen(self, pl_module: LightningModule) -> None:
+        pl_module.log("images_seen", torch.tensor(self.images_seen, dtype=torch.float64))  # float32 cannot count past 2^24
+
+    # -- how it fares now
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clocks."""
+        self._began, self._step = time.monotonic(), trainer.global_step
         self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,13 +87,17 @@ class Vitals(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Counts the images of all devices, and logs how many a second since the last time."""
-        self._images += len(batch) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps or not self._images:
+        images = len(batch) * trainer.world_size
+        self.images_seen += images
+        self._images += images
+        step = trainer.global_step
+        if step == self._step or step % trainer.log_every_n_steps:  # gradients are being accumulated, or it is not yet time
             return
+        self._step = step
         elapsed = max(time.monotonic() - self._since, 1e-9)
-        batch_size = len(batch) * trainer.world_size * trainer.accumulate_grad_batches
-        logged = {"images_per_second": self._images / elapsed, "images_seen": float(trainer.global_step * batch_size)}
+        logged = {"images_per_second": self._images / elapsed}
         if pl_module.device.type == "cuda":
             logged["memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
         pl_module.log_dict({f"train/{name}": value for name, value in logged.items()})
+        self._log_images_seen(pl_module)
         self._restart()

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from callbacks import EMA, RunCheckpoint
+from callbacks import EMA, RunCheckpoint, Vitals
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
@@ -240,6 +240,24 @@ def objective(trainer: Trainer, model: LikelihoodModule) -> float:
     return -float(elbo) if model.levels is None else nats_to_bits_per_dim(-float(elbo), model.num_dims)
 
 
+def totals(trainer: Trainer, fitted: float, elapsed: float) -> dict[str, Any]:
+    """Returns what the run has cost over all its sessions: images_seen, and seconds of fit ("train") and in all.
+
+    Args:
+        trainer: the run's.
+        fitted: seconds of this session when fit was over.
+        elapsed: seconds of this session.
+    """
+    vitals = next((callback for callback in trainer.callbacks if isinstance(callback, Vitals)), None)
+    if vitals is None:  # then nothing is known of earlier sessions
+        return {"seconds": {"train": round(fitted, 2), "total": round(elapsed, 2)}}
+    total = vitals.seconds + elapsed - vitals.session_seconds
+    return {
+        "images_seen": vitals.images_seen,
+        "seconds": {"train": round(vitals.seconds, 2), "total": round(total, 2)},
+    }
+
+
 def test(
     trainer: Trainer,
     model: LikelihoodModule,
@@ -250,9 +268,10 @@ def test(
     best_figure: float,
 ) -> None:
     """Tests the best weights, writes result.json and prints the table."""
-    train_seconds, step = time.monotonic() - started, trainer.global_step
+    session, step = time.monotonic() - started, trainer.global_step
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
+    metrics.pop("images_seen", None)  # no figure of the test set
     facts = {
         "weights": "ema" if any(isinstance(callback, EMA) for callback in trainer.callbacks) else "raw",
         "checkpoint": Path(best).name if best else None,
@@ -265,7 +284,7 @@ def test(
         **code_version(),
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
-        "seconds": {"train": round(train_seconds, 2), "total": round(time.monotonic() - started, 2)},
+        **totals(trainer, session, time.monotonic() - started),
     }
     record = result_record(metrics, model.num_dims, model.levels, objective=best_figure, **facts)
     if trainer.is_global_zero:

@@ -30,8 +30,8 @@ def test_a_run_is_named_grouped_and_configured_from_its_choices(tmp_path):
     history = [values(record.item) for record in found["history"]]
     keys = {key for row in history for key in row}
     assert {f"{stage}/{term}" for stage in ("train", "val", "test") for term in ("bpd", "reconstruction", "prior")} <= keys
-    assert {"train/lr", "train/grad_norm", "train/images_per_second", "train/images_seen"} <= keys
-    seen = [row["train/images_seen"] for row in history if "train/images_seen" in row]
+    assert {"train/lr", "train/grad_norm", "train/images_per_second", "images_seen"} <= keys
+    seen = [row["images_seen"] for row in history if "train/lr" in row]
     assert seen == [128.0 * 5 * (i + 1) for i in range(len(seen))]
     steps = [row["_step"] for row in history]
     assert steps == sorted(steps)
