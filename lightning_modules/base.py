@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.lr_schedules import Constant
 from lightning_modules.metric import TERMS, ElboMetric
+from lightning_modules.sharding import gather, release, shard, sharded_parts
 from losses import Elbo, to_unit
 from losses.elbo import nats_to_bits_per_dim
 
@@ -110,6 +111,27 @@ class LikelihoodModule(LightningModule, ABC):
     def test_step(self, x: Tensor, batch_idx: int) -> None:
         """Adds the batch's terms to the running sums."""
         self.test_metric.update(self.evaluation_elbo(x, "test"))
+
+    def configure_model(self) -> None:
+        """Shards the networks, if the strategy is one that shards: it then has made a mesh of devices."""
+        if self.device_mesh is not None and not sharded_parts(self):
+            shard(self, self.device_mesh)
+
+    def on_validation_epoch_start(self) -> None:
+        """Makes sharded networks whole, after callbacks have chosen the weights."""
+        gather(self)
+
+    def on_validation_end(self) -> None:
+        """Shards them again, when callbacks are done with the weights that validation used."""
+        release(self)
+
+    def on_test_epoch_start(self) -> None:
+        """Makes sharded networks whole."""
+        gather(self)
+
+    def on_test_end(self) -> None:
+        """Shards them again."""
+        release(self)
 
     def on_validation_epoch_end(self) -> None:
         """Logs val/{bpd, elbo, reconstruction, prior, matching} and the bound's standard error."""
