@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,33 @@ class ImageBatches(Dataset[Tensor]):
         """Returns the images of a record: (b, C, H, W)."""
         batch = self.images.index_select(0, record.indices)
         return batch if self.binarization is None else self.binarization.each_time(batch, record)
+
+
+class ResumableLoader(DataLoader[Tensor]):
+    """A loader that goes on in the middle of an epoch, reading nothing of what came before.
+
+    Lightning counts the batches of an epoch itself and saves the count, so the loader asks it for its place and keeps none
+    of its own. It asks with the first batch: Lightning takes the iterator before it says which epoch it is.
+
+    Args:
+        place: returns how many batches of this epoch were trained on.
+        settings: those of ``DataLoader``; the sampler is a :class:`GlobalBatchSampler`.
+    """
+
+    def __init__(self, *args: Any, place: Callable[[], int], **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.place = place
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.sampler.start = self.place()
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: with this method, Lightning knows that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Needs nothing of what was saved."""
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -94,6 +121,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.split_seed = at_least("data.split_seed", split_seed, 0)
         self.flip, self.binarization = flip, binarization or NoBinarization()
         self.num_workers = 0  # a resident split is gathered faster than another process could hand it over
+        self.prefetch = 2  # batches that each worker holds ready
         self.splits: dict[str, Images] = {}
         self.sizes: dict[str, int] = {}
 
@@ -136,13 +164,23 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._loader(ImageBatches(self.splits["test"]), "test")
 
     def _loader(self, batches: ImageBatches, split: str) -> DataLoader[Tensor]:
-        train, trainer = split == "train", self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        sampler = GlobalBatchSampler(
-            self.sizes[split], self.batch_size, train, train, self.seed, rank, world_size, mirror=train and self.flip
-        )
-        workers, persistent = self.num_workers, self.num_workers > 0
-        return DataLoader(batches, sampler=sampler, batch_size=None, num_workers=workers, persistent_workers=persistent)
+        workers = self.num_workers
+        ahead = self.prefetch if workers else None
+        settings = {"batch_size": None, "num_workers": workers, "persistent_workers": workers > 0, "prefetch_factor": ahead}
+        if split == "train":
+            return ResumableLoader(batches, sampler=self._sampler(split), place=self._place, **settings)
+        return DataLoader(batches, sampler=self._sampler(split), **settings)
+
+    def _sampler(self, split: str) -> GlobalBatchSampler:
+        train = split == "train"
+        mirror = train and self.flip
+        return GlobalBatchSampler(self.sizes[split], self.batch_size, train, train, self.seed, *self._ranks(), mirror=mirror)
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _place(self) -> int:
+        return self.trainer.fit_loop.batch_idx + 1 if getattr(self.trainer, "training", False) else 0
 
     @property
     def num_dims(self) -> int:

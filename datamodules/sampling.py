@@ -90,6 +90,7 @@ class GlobalBatchSampler(Sampler[BatchRecord]):
             )
         self.num_examples, self.batch_size, self.shuffle, self.drop_last = num_examples, batch_size, shuffle, drop_last
         self.seed, self.rank, self.world_size, self.mirror, self.epoch = seed, rank, world_size, mirror, 0
+        self.start = 0  # the first batch of the next pass
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order and draws come next; Lightning calls it before each epoch."""
@@ -111,6 +112,6 @@ class GlobalBatchSampler(Sampler[BatchRecord]):
         order = torch.randperm(n, generator=seeded(self.seed, self.epoch, "order")) if self.shuffle else torch.arange(n)
         if self.mirror:
             order = order + n * torch.randint(2, (n,), generator=seeded(self.seed, self.epoch, "flip"))
-        for index in range(len(self)):
+        for index in range(self.start, len(self)):
             first, rows = index * self.batch_size, self.rows(index)
             yield BatchRecord(order[first + rows.start : first + rows.stop], rows, (self.seed, self.epoch, index))
