@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from lightning.pytorch.loggers import WandbLogger
 
 MODES = ("online", "offline", "disabled", "shared")
-REACH_SECONDS = 3.0  # wandb itself would try for 100 s and then end the run
+REACH_SECONDS = 3.0  # for a connection, before wandb is asked at all
+INIT_SECONDS = 20.0  # wandb itself would try for 100 s and then end the run
+FINISH_SECONDS = 120.0  # for uploads at the end; by default a server that died keeps the run from ending
+STEP = "trainer/global_step"  # Lightning's name for the optimiser step
 
 
 def choose_mode(mode: str | None) -> tuple[str, str]:
@@ -54,6 +58,8 @@ def _has_key() -> bool:
 
 def _reachable() -> bool:
     server = _server()
+    if getproxies().get(server.scheme):
+        return True  # nobody is reached directly here: wandb finds out
     try:
         address = (server.hostname, server.port or (443 if server.scheme == "https" else 80))
         socket.create_connection(address, timeout=REACH_SECONDS).close()
@@ -90,30 +96,47 @@ def wandb_logger(
         headline: metrics whose best value is the summary.
         id_file: holds the run's id, so that a run that goes on goes on in W&B too; written if it is not there.
     """
-    import wandb
-
     mode, why = choose_mode(mode)
     os.makedirs(save_dir, exist_ok=True)
-    logger = WandbLogger(
-        id=_kept_id(id_file),
-        save_dir=save_dir,
-        project=project,
-        name=name,
-        entity=entity,
-        group=group,
-        job_type=job_type,
-        tags=list(tags),
-        config=config,
-        mode=mode,
-        settings=wandb.Settings(silent=True),
-    )
-    logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it has no effect
-    run = logger.experiment  # starts it: the config is recorded before training does anything
+    common = {
+        "save_dir": save_dir, "project": project, "name": name, "entity": entity, "group": group, "job_type": job_type,
+        "tags": list(tags), "config": config, "id": _kept_id(id_file) or secrets.token_hex(4),
+    }  # fmt: skip
+    try:
+        logger = _start(mode, **common)
+    except Exception as error:
+        if mode not in ("online", "shared"):
+            raise
+        _forget_server()  # whatever wandb raises: a logger ends no run
+        mode, why = "offline", f"{why}, but {_server().netloc} started no run: {' '.join(str(error).split())[:150]}"
+        logger = _start(mode, **common)
     for metric in headline:
-        run.define_metric(metric, summary="min")
+        logger.experiment.define_metric(metric, step_metric=STEP, summary="min")
+    # every row holds it, so that a dashboard may take it as its x axis instead
+    logger.experiment.define_metric("images_seen", step_metric=STEP, summary="max")
     later = f"; upload later with: wandb sync {save_dir}/wandb/offline-run-*" if mode == "offline" else ""
     print(f"W&B: {mode} ({why}){later}", flush=True)
     return logger
+
+
+def _start(mode: str, **common: Any) -> WandbLogger:
+    """Returns a logger whose run is started: its config is recorded before training does anything."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's reports of itself wait 20 s for a dead server at exit
+    import wandb
+
+    wandb.setup(settings=wandb.Settings(silent=True))
+    settings = wandb.Settings(silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+    logger = WandbLogger(mode=mode, settings=settings, **common)
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it has no effect
+    _ = logger.experiment
+    return logger
+
+
+def _forget_server() -> None:
+    """Ends what wandb began with a server, which would hold the run's id."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _kept_id(id_file: str | None) -> str | None:
@@ -121,7 +144,8 @@ def _kept_id(id_file: str | None) -> str | None:
         return None
     path = Path(id_file)
     if not path.exists():
-        path.write_text(secrets.token_hex(4))
+        given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # by a W&B agent
+        path.write_text(given or secrets.token_hex(4))
     return path.read_text().strip()
 
 

@@ -25,14 +25,18 @@ def test_a_run_is_named_grouped_and_configured_from_its_choices(tmp_path):
     assert "${" not in str(config)
     assert (config["model_name"], config["likelihood"], config["encoder"]) == ("vae", "discretized_logistic", "mlp")
     assert run.run_id == (tmp_path / "run" / "wandb_id").read_text()
-    summaries = {metric.name: metric.summary for metric in found["metric"]}
-    assert all(summaries[name].min for name in ("val/bpd", "test/bpd"))
+    metrics = {metric.name or metric.glob_name: metric for metric in found["metric"]}
+    assert all(metrics[name].summary.min for name in ("val/bpd", "test/bpd"))
+    # drawn over optimiser steps; over images seen where a dashboard asks for it
+    assert {metrics[name].step_metric for name in ("*", "val/bpd", "test/bpd", "images_seen")} == {"trainer/global_step"}
     history = [values(record.item) for record in found["history"]]
     keys = {key for row in history for key in row}
     assert {f"{stage}/{term}" for stage in ("train", "val", "test") for term in ("bpd", "reconstruction", "prior")} <= keys
     assert {"train/lr", "train/grad_norm", "train/images_per_second", "images_seen"} <= keys
     seen = [row["images_seen"] for row in history if "train/lr" in row]
     assert seen == [128.0 * 5 * (i + 1) for i in range(len(seen))]
+    for stage, images in (("val", [11 * 128.0, 22 * 128.0]), ("test", [22 * 128.0])):
+        assert [row["images_seen"] for row in history if f"{stage}/bpd" in row] == images
     steps = [row["_step"] for row in history]
     assert steps == sorted(steps)
     pictures = {key.split(".")[0] for key in keys if key.startswith("pictures/")}
