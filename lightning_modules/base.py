@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -157,6 +159,23 @@ class LikelihoodModule(LightningModule, ABC):
                 logged[f"{stage}/bpd_se"] = nats_to_bits_per_dim(nats["elbo_se"], self.num_dims)
         self.log(headline, logged.pop(headline), prog_bar=stage != "test", sync_dist=sync_dist)
         self.log_dict(logged, sync_dist=sync_dist)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips. Lightning refuses to with a fused optimiser in mixed precision, for the sake of a gradient scaler.
+
+        Only float16 has one; with bfloat16 the gradients are what they seem.
+        """
+        plugin = self.trainer.precision_plugin
+        if getattr(plugin, "scaler", None) is not None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Builds the optimiser and its learning rate by step."""
