@@ -37,7 +37,9 @@ class SeededBatches(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds a training batch."""
-        self._begin(pl_module, "train", trainer.fit_loop.total_batch_idx, trainer.train_dataloader, batch_idx)
+        # not fit_loop.total_batch_idx, which counts a batch twice that was interrupted and is done again
+        counter = trainer.current_epoch * trainer.num_training_batches + batch_idx
+        self._begin(pl_module, "train", counter, trainer.train_dataloader, batch_idx)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
