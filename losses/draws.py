@@ -11,6 +11,7 @@ beside it nor on how many there are, so an evaluation gives one figure however i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,13 +121,21 @@ def rand(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torc
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zeroes every entry of ``x`` (B, *) with probability p in [0, 1) and scales the others by 1/(1 - p)."""
+    """Zeroes every entry of ``x`` (B, *) with probability p in [0, 1) and scales the others by 1/(1 - p).
 
-    # boolean whatever x is, so that the mask does not depend on the precision of the run
+    Four entries of the mask come from one 64-bit number, several times as fast as ``bernoulli_`` on a CPU. So the probability
+    is p rounded to a multiple of 2^-16, and the mean is ``x`` to a part in 10^5.
+    """
+    dropped = min(round(p * 2**16), 2**16 - 1)
+
+    # integers whatever x is, so that the mask does not depend on the precision of the run
     def keep(shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+        num = math.prod(shape)
+        bits = torch.empty((num + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        return bits.view(torch.int16)[:num].view(shape)
 
-    return x * _own_rows(keep, tuple(x.shape)).to(x.dtype).mul_(1 / (1 - p))  # a float mask multiplies fastest
+    kept = _own_rows(keep, tuple(x.shape)) >= dropped - 2**15
+    return x * kept.to(x.dtype).mul_(1 / (1 - p))  # a float mask multiplies fastest
 
 
 def stratified(batch: int, device: torch.device) -> Tensor:
