@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from runs.build import SettingError, factory
 from tests.jobs import ROOT, configure
 
 CONF = ROOT / "conf"
@@ -59,7 +61,32 @@ def test_every_choice_builds_its_model_and_data(choice, tmp_path):
     instantiate(cfg.model, _convert_="all")
     for part in cfg.callbacks.values():
         instantiate(part, _convert_="all")
-    instantiate(cfg.trainer, _convert_="all", accelerator="cpu", logger=False)
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "trainer").glob("*.yaml")))
+def test_every_trainer_is_built_or_says_which_hardware_it_misses(choice, tmp_path):
+    lines = (CONF / "trainer" / f"{choice}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ")
+    build = factory(configure(tmp_path, "model=vae", f"trainer={choice}").trainer)
+    on_gpus, on_cpu = choice in ("gpu", "ddp", "fsdp", "slurm"), choice in ("default", "cpu", "ddp_cpu")
+    assert on_gpus != on_cpu
+    if on_cpu or torch.cuda.is_available() and choice != "slurm":
+        build(logger=False)
+        return
+    with pytest.raises(SettingError, match=r"trainer\.accelerator=gpu: PyTorch finds no GPU on this machine; choose trainer=cpu"):
+        build(logger=False)
+    if choice == "slurm":
+        with pytest.raises(SettingError, match=r"not a task of a SLURM job; start it by srun"):
+            build(accelerator="cpu", devices=1, logger=False)
+    else:
+        build(accelerator="cpu", devices=1, logger=False)
+
+
+def test_tf32_is_what_the_setting_says(tmp_path):
+    for precision in ("high", "highest"):
+        factory(configure(tmp_path, "trainer=cpu", f"trainer.float32_matmul_precision={precision}").trainer)(logger=False)
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 == (precision == "high")
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "evaluation").glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,0 +1,78 @@
+"""The trainer on the devices that conf/trainer asks for, and the compiled networks; hardware that is missing is refused."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from lightning_modules import LikelihoodModule
+from lightning_modules.sharding import networks
+from runs.build import SettingError
+
+
+def make_trainer(float32_matmul_precision: str = "highest", **settings: Any) -> Trainer:
+    """Builds Lightning's trainer.
+
+    Args:
+        float32_matmul_precision: of products and convolutions in float32: ``highest`` is float32; ``high`` is TF32, ``medium``
+            bfloat16, where a GPU has them. Holds for this process until the next trainer is built.
+        **settings: Lightning's own.
+
+    Raises:
+        SettingError: for hardware or an environment that is not there.
+    """
+    if float32_matmul_precision not in ("highest", "high", "medium"):
+        raise SettingError(
+            f"trainer.float32_matmul_precision={float32_matmul_precision}: choose highest, high (TF32) or medium (bfloat16)"
+        )
+    _check_hardware(settings)
+    torch.set_float32_matmul_precision(float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # PyTorch's default rounds convolutions in any case
+    return Trainer(**settings)
+
+
+def _check_hardware(settings: dict[str, Any]) -> None:
+    accelerator, precision = settings.get("accelerator", "auto"), str(settings.get("precision"))
+    has_cuda = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not (has_cuda or (accelerator == "gpu" and torch.backends.mps.is_available())):
+        raise SettingError(
+            f"trainer.accelerator={accelerator}: PyTorch finds no GPU on this machine; choose trainer=cpu, or trainer=ddp_cpu for "
+            "several processes"
+        )
+    if accelerator in ("gpu", "cuda", "auto") and has_cuda and "bf16" in precision:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise SettingError(
+                f"trainer.precision={precision}: {torch.cuda.get_device_name()} has no bfloat16; add trainer.precision=32-true"
+            )
+    managed = any(isinstance(plugin, SLURMEnvironment) for plugin in settings.get("plugins") or [])
+    if managed and "SLURM_NTASKS" not in os.environ:
+        raise SettingError(
+            "trainer=slurm: this process is not a task of a SLURM job; start it by srun inside a job, or choose trainer=ddp"
+        )
+
+
+def compile_networks(model: LikelihoodModule, setting: bool | str) -> None:
+    """Compiles a model's networks in place, so that checkpoints and callbacks see the same modules and names.
+
+    The bound around them stays as it is: it draws from generators that torch.compile would not follow from batch to batch.
+    A batch of another size, as the last one of an evaluation, is compiled once more, then for every size.
+
+    Args:
+        model: not yet sharded.
+        setting: ``True``, or a backend of torch.compile by name; ``False`` compiles nothing.
+
+    Raises:
+        SettingError: for a backend that is not there.
+    """
+    if not setting:
+        return
+    backend = "inductor" if setting is True else setting
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise SettingError(f"compile={setting}: choose true, false or a backend of torch.compile: {', '.join(known)}")
+    for network in networks(model):
+        network.compile(backend=backend)
