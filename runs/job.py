@@ -28,6 +28,7 @@ from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
+from runs.devices import compile_networks
 from runs.directory import CONFIG, FORMAT, LAST, RESULT, claim, find_checkpoint, read_checkpoint, same_model, write_json
 from runs.report import result_record, table
 
@@ -51,6 +52,7 @@ def run(cfg: DictConfig) -> float:
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = load_data(cfg.data)
     model: LikelihoodModule = build_part(cfg.model)
+    compile_networks(model, cfg.compile)
     failed = True
     try:
         trainer = build_trainer(cfg, config, directory)
@@ -77,6 +79,7 @@ def quiet_libraries() -> None:
         ".*LeafSpec.*",
         ".*smaller than the logging interval.*",
         ".*exists and is not empty.*",
+        ".*FSDP2-wrapped module.*returned a view tensor.*",  # nothing writes to what a network returns
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric has reduced over ranks already
     ):
         warnings.filterwarnings("ignore", message)
@@ -101,6 +104,12 @@ def check_settings(cfg: DictConfig) -> None:
         raise SettingError(f"seed={cfg.seed}: give an integer from 0 to 4294967295")
     if str(cfg.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
         raise SettingError(f"trainer.precision={cfg.trainer.precision} is not supported: choose bf16-mixed or 32-true")
+    clipped = cfg.trainer.get("gradient_clip_val") and cfg.model.optimizer.get("fused")
+    if str(cfg.trainer.precision) == "16-mixed" and clipped:
+        raise SettingError(
+            "trainer.precision=16-mixed scales gradients, which a fused optimiser takes back only after they are clipped: choose "
+            "bf16-mixed, or add model.optimizer.fused=false"
+        )
     if cfg.trainer.get("overfit_batches"):
         raise SettingError(
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
