@@ -131,7 +131,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     # integers whatever x is, so that the mask does not depend on the precision of the run
     def keep(shape: tuple[int, ...]) -> Tensor:
         num = math.prod(shape)
-        bits = torch.empty((num + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        # not random_, which is a little faster, but torch.compile breaks the graph at it
+        bits = torch.randint(-(2**63), 2**63 - 1, ((num + 3) // 4,), dtype=torch.int64, device=x.device)
         return bits.view(torch.int16)[:num].view(shape)
 
     kept = _own_rows(keep, tuple(x.shape)) >= dropped - 2**15
