@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 MODES = ("online", "offline", "disabled", "shared")
 REACH_SECONDS = 3.0  # for a connection, before wandb is asked at all
 INIT_SECONDS = 20.0  # wandb itself would try for 100 s and then end the run
-FINISH_SECONDS = 120.0  # for uploads at the end; by default a server that died keeps the run from ending
+FINISH_SECONDS = 60.0  # for uploads at the end; by default a server that died keeps the run from ending
 STEP = "trainer/global_step"  # Lightning's name for the optimiser step
 
 
@@ -68,6 +70,22 @@ def _reachable() -> bool:
     return True
 
 
+class EnduringWandbLogger(WandbLogger):
+    """A WandbLogger whose failures end no run: the first is said in one line, and metrics.csv has everything."""
+
+    failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs what W&B takes."""
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # of any kind: its own process may be gone, or a table want an answer of the server
+            if not self.failed:
+                print(f"W&B missed {', '.join(metrics)} ({_brief(error)}), and perhaps more: metrics.csv has all", flush=True)
+            self.failed = True
+
+
 def wandb_logger(
     save_dir: str,
     project: str,
@@ -108,7 +126,7 @@ def wandb_logger(
         if mode not in ("online", "shared"):
             raise
         _forget_server()  # whatever wandb raises: a logger ends no run
-        mode, why = "offline", f"{why}, but {_server().netloc} started no run: {' '.join(str(error).split())[:150]}"
+        mode, why = "offline", f"{why}, but {_server().netloc} started no run: {_brief(error)}"
         logger = _start(mode, **common)
     for metric in headline:
         logger.experiment.define_metric(metric, step_metric=STEP, summary="min")
@@ -126,17 +144,24 @@ def _start(mode: str, **common: Any) -> WandbLogger:
 
     wandb.setup(settings=wandb.Settings(silent=True))
     settings = wandb.Settings(silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
-    logger = WandbLogger(mode=mode, settings=settings, **common)
+    logger = EnduringWandbLogger(mode=mode, settings=settings, **common)
     logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it has no effect
     _ = logger.experiment
     return logger
 
 
 def _forget_server() -> None:
-    """Ends what wandb began with a server, which would hold the run's id."""
+    """Ends what wandb began, also where its own process is dead: a run's id is free again, and the next run is a new one."""
     import wandb
+    from wandb.sdk.lib import module
 
-    wandb.teardown()
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+    module.unset_globals()
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 def _kept_id(id_file: str | None) -> str | None:
@@ -152,5 +177,10 @@ def _kept_id(id_file: str | None) -> str | None:
 def finish_wandb(failed: bool) -> None:
     """Ends the W&B run of this job, as failed or not; nothing happens where none was started."""
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
+    if wandb is None or wandb.run is None:
+        return
+    try:
         wandb.finish(exit_code=int(failed))
+    except Exception as error:
+        print(f"W&B could not end its run ({_brief(error)}): metrics.csv has all", flush=True)
+        _forget_server()

@@ -1,7 +1,10 @@
 """Servers that refuse, stay silent or answer with errors: none ends a run, and the run is offline at once."""
 
 import http.server
+import os
+import signal
 import socket
+import subprocess
 import threading
 import time
 
@@ -73,3 +76,23 @@ def test_a_server_that_starts_no_run_leaves_it_offline_in_bounded_time(asked, se
     assert values(found["run"][0].config.update)["seed"] == 3
     assert values(found["history"][0].item)["val/bpd"] == 2.0
     assert found["exit"][-1].exit_code == 0
+
+
+def test_a_run_outlives_wandbs_own_process_and_the_next_run_is_another(tmp_path, capfd):
+    def start(name):
+        return wandb_logger(str(tmp_path / name), "elbo", name, mode="offline")
+
+    logger = start("first")
+    listed = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
+    (process,) = (int(line.split()[0]) for line in listed.stdout.splitlines() if line.split()[1] == "wandb-core")
+    os.kill(process, signal.SIGKILL)
+    for step in range(3):
+        logger.log_metrics({"val/bpd": 2.0}, step=step)
+    finish_wandb(failed=False)
+    assert capfd.readouterr().out.count("W&B missed") == 1
+    logger = start("second")
+    logger.log_metrics({"val/bpd": 1.0}, step=1)
+    finish_wandb(failed=False)
+    found = read(tmp_path / "second" / "wandb")
+    assert found["run"][0].display_name == "second"
+    assert [values(record.item)["val/bpd"] for record in found["history"]] == [1.0]
