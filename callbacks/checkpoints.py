@@ -1,17 +1,38 @@
-"""best.ckpt and last.ckpt in the run directory, with the model's config inside."""
+"""best.ckpt and last.ckpt in the run directory, with the model's config inside and never with weights that are not finite."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+
+def diverged(what: str, step: int) -> FloatingPointError:
+    """Returns the error of a run that has diverged, to raise."""
+    return FloatingPointError(
+        f"training diverged: {what} after {step} steps; lower model.optimizer.lr, or keep trainer.gradient_clip_val"
+    )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every value of every floating-point tensor is finite, of this rank's part where they are sharded."""
+    local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    finite = [torch.isfinite(tensor).all() for tensor in local if tensor.is_floating_point()]
+    return not finite or bool(torch.stack(finite).all())  # waits for the device once
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Keeps the best by the validation bound and the last, and writes the last when training is interrupted.
+
+    A run that has diverged ends here, by its loss where that is logged, by its validation figure, or by its weights before they
+    are written: what is on disk can be gone on from.
 
     Args:
         dirpath: where they go.
@@ -25,10 +46,39 @@ class RunCheckpoint(ModelCheckpoint):
             dirpath=dirpath, filename="best", monitor="val/elbo", mode="max", save_last=True, enable_version_counter=False
         )
         self.config, self.file_format = config, file_format
-        self.interrupted = False
+        self.interrupted, self._looked_at = False, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends a run whose loss is not finite; looks only where it is logged, when the device is waited for anyway."""
+        step = trainer.global_step
+        if step != self._looked_at and step % trainer.log_every_n_steps == 0:
+            self._looked_at = step
+            self._check(trainer, "train/loss")
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a run whose validation figure is not finite, before it is kept."""
+        if not trainer.sanity_checking:
+            self._check(trainer, "val/elbo")
+        super().on_validation_end(trainer, pl_module)
+
+    @staticmethod
+    def _check(trainer: Trainer, name: str) -> None:
+        value = float(trainer.callback_metrics.get(name, 0.0))  # equal on all ranks: all of them end
+        if not math.isfinite(value):
+            raise diverged(f"{name} is {value}", trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the config and the format."""
+        """Adds the config and the format.
+
+        Raises:
+            FloatingPointError: if the weights, or their average, are not finite.
+        """
+        kept = (value for value in checkpoint["state_dict"].values() if isinstance(value, Tensor))
+        if not all_finite([*pl_module.parameters(), *kept]):
+            raise diverged("the weights are not finite", trainer.global_step)
         checkpoint["config"] = self.config
         checkpoint["format"] = self.file_format
 
@@ -36,6 +86,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Writes last.ckpt after Ctrl-C or SIGTERM, if any step was taken."""
         if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or not trainer.training or not trainer.global_step:
             return
+        if not all_finite(pl_module.parameters()):
+            return  # the one that is there was finite
         self.interrupted = True
         if rank_zero_only.rank == 0:
             # not trainer.save_checkpoint: its barrier would wait for ranks that the signal did not reach

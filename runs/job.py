@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from callbacks import EMA, RunCheckpoint, Vitals
+from callbacks import EMA, RunCheckpoint, Vitals, all_finite, diverged
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
@@ -147,7 +148,12 @@ def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) 
         suffix = f"-{choices.model}-{choices.data}"
         checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
     if checkpoint is not None:
-        same_model(read_checkpoint(checkpoint, "ckpt")["config"], config, checkpoint)
+        held = read_checkpoint(checkpoint, "ckpt")
+        same_model(held["config"], config, checkpoint)
+        if not all_finite(value for value in held["state_dict"].values() if isinstance(value, torch.Tensor)):
+            raise SettingError(
+                f"ckpt={checkpoint} holds weights that are not finite: give an earlier one, or start without ckpt"
+            )
     if not is_child_rank():
         own = checkpoint is not None and directory in checkpoint.absolute().parents
         claim(directory, continuing=own or cfg.ckpt == "auto")
@@ -221,7 +227,7 @@ def fit(
         say(trainer, f"continuing from {checkpoint}")
     try:
         trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:  # also of a callback that saw training diverge
         raise SettingError(" ".join(str(error).split())) from error
     finally:
         saver = trainer.checkpoint_callback
@@ -242,10 +248,7 @@ def objective(trainer: Trainer, model: LikelihoodModule) -> float:
     if elbo is None:
         return math.nan
     if not math.isfinite(elbo):
-        raise SettingError(
-            f"training diverged: val/elbo is {float(elbo)} after {trainer.global_step} steps; lower model.optimizer.lr, or "
-            "keep trainer.gradient_clip_val"
-        )
+        raise SettingError(str(diverged(f"val/elbo is {float(elbo)}", trainer.global_step)))  # without checkpoints
     return -float(elbo) if model.levels is None else nats_to_bits_per_dim(-float(elbo), model.num_dims)
 
 

@@ -1,0 +1,74 @@
+"""A run that has diverged says so early, and leaves nothing on disk that cannot be gone on from."""
+
+import signal
+
+import pytest
+import torch
+
+from lightning_modules import VAELightningModule
+from runs.build import SettingError
+from tests.jobs import result, run_here
+
+JOB = ("model=vae", "logger=csv", "trainer.max_epochs=3", "model/lr_scheduler=constant")  # 11 steps an epoch
+objective = VAELightningModule.objective
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(step, interrupt): the loss is NaN at ``step``, or an image comes from Ctrl-C one step later."""
+
+    def apply(step, interrupt=None):
+        def spoilt(self, x):
+            loss, elbo = objective(self, x)
+            if self.trainer.global_step == interrupt:
+                raise KeyboardInterrupt
+            return loss * (float("nan") if self.trainer.global_step == step else 1.0), elbo
+
+        monkeypatch.setattr(VAELightningModule, "objective", spoilt)
+
+    return apply
+
+
+def last(tmp_path):
+    """The step of last.ckpt; its weights and those of the average are finite."""
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    for weights in (checkpoint["state_dict"], checkpoint["current_model_state"]):
+        assert all(value.isfinite().all() for value in weights.values())
+    return checkpoint["global_step"]
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "sentence"),
+    [(14, 5, "train/loss is nan after 15 steps"), (14, 100, "val/elbo is nan after 22 steps")],
+)
+def test_divergence_ends_the_run_where_it_is_seen_and_a_retry_goes_on_from_finite_weights(
+    step, every, sentence, spoil, monkeypatch, tmp_path
+):
+    spoil(step)
+    with pytest.raises(SettingError, match=f"training diverged: {sentence}; lower model.optimizer.lr"):
+        run_here(tmp_path, *JOB, f"trainer.log_every_n_steps={every}")
+    assert last(tmp_path) == 11
+    monkeypatch.setattr(VAELightningModule, "objective", objective)
+    run_here(tmp_path, *JOB, "ckpt=last")
+    assert result(tmp_path / "run")["step"] == 33
+
+
+def test_ctrl_c_after_divergence_keeps_the_checkpoint_before_it(spoil, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    spoil(12, interrupt=14)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            run_here(tmp_path, *JOB, "trainer.log_every_n_steps=100")
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
+    assert last(tmp_path) == 11
+
+
+def test_weights_that_are_not_finite_are_not_gone_on_from(tmp_path):
+    run_here(tmp_path, *JOB, "trainer.max_epochs=1")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["state_dict"].values())).fill_(float("nan"))
+    torch.save(checkpoint, path)
+    with pytest.raises(SettingError, match="holds weights that are not finite"):
+        run_here(tmp_path, *JOB, "ckpt=last")
