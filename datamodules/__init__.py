@@ -7,9 +7,13 @@ from datamodules.files import CIFAR10DataModule, FashionMNISTDataModule, Missing
 from datamodules.gaussian import GaussianDataModule
 from datamodules.image_folder import ImageFolderDataModule, UnreadablePictureError
 from datamodules.sampling import GlobalBatchSampler
+from datamodules.shards import DamagedShardsError
+from datamodules.stream import BlockSampler, StreamDataModule
 
 __all__ = [
+    "BlockSampler",
     "CIFAR10DataModule",
+    "DamagedShardsError",
     "DigitsDataModule",
     "DynamicBinarization",
     "FashionMNISTDataModule",
@@ -22,5 +26,6 @@ __all__ = [
     "NoBinarization",
     "SVHNDataModule",
     "StaticBinarization",
+    "StreamDataModule",
     "UnreadablePictureError",
 ]

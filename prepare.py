@@ -1,0 +1,31 @@
+"""Writes images as shards for ``data=stream``: ``python prepare.py source=... out=...``; see ``--help``."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+# torch and lightning take seconds to import: they are imported inside, so that --help and --cfg answer at once
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
+def main(cfg: DictConfig) -> None:
+    """Writes one set."""
+    from runs.build import SettingError
+    from runs.preparation import run
+
+    try:
+        run(cfg)
+    except SettingError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was kept", file=sys.stderr)
+        sys.exit(130)  # as a shell has it for Ctrl-C
+
+
+if __name__ == "__main__":
+    from runs.entry import start
+
+    start(main)
