@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from networks import UNet
+from networks.unet import Upsample
 
 SMALL = {"base_channels": 16, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,)}
 
@@ -192,3 +194,14 @@ def test_refusals_are_one_sentence(setting, says):
         UNet((1, 8, 8), **(SMALL | setting))
     assert all(word in str(refusal.value) for word in says)
     assert ". " not in str(refusal.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (1, 5, 1, 3), (3, 2, 7, 2)])
+def test_upsampling_is_the_nearest_pixel_and_a_convolution(shape):
+    layer = Upsample(shape[1]).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), layer.weight, layer.bias, padding=1)
+    out, g = layer(x, None), torch.randn_like(expected)
+    torch.testing.assert_close(out, expected)
+    ours, theirs = (torch.autograd.grad(y, [x, layer.weight, layer.bias], g) for y in (out, expected))
+    torch.testing.assert_close(ours, theirs)
