@@ -37,8 +37,8 @@ if __name__ == "__main__":
     from runs.identity import is_sweep, with_sweep_directory
 
     sys.argv = with_sweep_directory(sys.argv)
-    start(main)
     if is_sweep(sys.argv):
-        from runs.sweep import SweepReport
+        from runs.sweep import run_sweep
 
-        sys.exit(int(SweepReport.failed))
+        sys.exit(run_sweep(main))
+    start(main)

@@ -12,6 +12,7 @@ from comparison.groups import group
 from comparison.page import page
 from comparison.tables import as_csv, as_markdown, terminal
 from runs.build import SettingError
+from runs.directory import first_free
 
 
 def run(cfg: DictConfig) -> None:
@@ -58,10 +59,12 @@ def _line(one: Run) -> str:
 
 def _new_directory(wished: Path) -> Path:
     """Makes the directory, under the next free number if it holds a comparison already, or part of one."""
-    number, out = 1, wished
-    while list(out.glob("comparison.*")):
-        number += 1
-        out = wished.with_name(f"{wished.name}-{number}") if wished.name else Path(f"comparison-{number}")
+
+    def place(number: int) -> Path:
+        name = f"{wished.name or 'comparison'}-{number}"
+        return wished if number == 1 else wished.with_name(name) if wished.name else Path(name)
+
+    out = place(first_free(lambda number: any(place(number).glob("comparison.*"))))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,11 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
             "version of this framework that wrote it"
         )
     return checkpoint
+
+
+def first_free(taken: Callable[[int], bool], first: int = 1) -> int:
+    """Returns the first number that is not taken: what is on disk is kept under its own."""
+    return next(number for number in itertools.count(first) if not taken(number))
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -10,10 +10,13 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 FULL = "HYDRA_FULL_ERROR"
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def start(main: Callable[[], object]) -> None:
-    """Runs a ``hydra.main`` function; a misspelt group, choice or setting ends it with one line and exit code 1.
+    """Runs a ``hydra.main`` function.
+
+    A misspelt group, choice or setting ends it with one line and exit code 1, Ctrl-C with exit code 130.
 
     Args:
         main: the decorated function.
@@ -26,6 +29,8 @@ def start(main: Callable[[], object]) -> None:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"error: {sentence(error)}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     finally:
         os.environ.pop(FULL, None)
 

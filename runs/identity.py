@@ -58,7 +58,16 @@ def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
     arguments = list(arguments)
     if not is_sweep(arguments) or any(item.startswith("hydra.sweep.dir=") for item in arguments):
         return arguments
-    incidental = ("-", "hydra/launcher=", "hydra.launcher.", "sweep.", "paths.", "logger", "compile=", "hydra.sweeper.n_trials=")
+    incidental = (
+        "-",
+        "hydra/launcher=",
+        "hydra.launcher.",
+        "sweep.",
+        "paths.",
+        "logger",
+        "compile=",
+        "hydra.sweeper.n_trials=",
+    )
     what = sorted(item for item in arguments[1:] if not item.lstrip("+~").startswith(incidental))
     varied = [item.split("=")[0].lstrip("+~").replace("/", ".").split(".")[-1] for item in what if re.search(r"=.*[,(]", item)]
     name = "-".join([*varied, _digest("\n".join(what))])

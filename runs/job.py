@@ -65,6 +65,9 @@ def run(cfg: DictConfig) -> float:
         test(trainer, model, datamodule, directory, cfg, started, best)
         failed = False
         return best
+    except SystemExit as end:  # of a callback that has done what the job was for
+        failed = bool(end.code)
+        raise
     finally:
         finish_wandb(failed)
 

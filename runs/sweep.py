@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,9 +20,11 @@ from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from runs.directory import LAST, RESULT, write_json
+from runs.directory import LAST, RESULT, first_free, write_json
+from runs.entry import INTERRUPTED, start
 from runs.identity import job_name
 from runs.relaunch import one_job
+from runs.search import go_on, is_search
 
 STATE = "job.json"
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
@@ -31,6 +35,7 @@ PLANS = {  # what happens with a job in each state
     "started": "started again",
     "new": "to run",
 }
+BEFORE = "-before-"  # in the name of what a job left before sweep.fresh=true ran it again
 
 
 def read_state(directory: Path) -> tuple[str, str]:
@@ -87,6 +92,9 @@ def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float |
     try:
         with one_job(ENTRY, directory, ("ckpt=last",) if resumed else ()):
             objective = run(cfg)
+    except KeyboardInterrupt:
+        write_state(directory, "interrupted", overrides)
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         (directory / "error.txt").write_text(traceback.format_exc())
@@ -130,49 +138,87 @@ def _name_in_wandb(cfg: DictConfig, sweep: Path, directory: Path, overrides: Seq
 
 
 def _move_aside(directory: Path) -> None:
-    number = 1
-    while (kept := directory.with_name(f"{directory.name}-before-{number}")).exists():
-        number += 1
-    directory.rename(kept)
+    def kept(number: int) -> Path:
+        return directory.with_name(f"{directory.name}{BEFORE}{number}")
+
+    directory.rename(kept(first_free(lambda number: kept(number).exists())))
 
 
 class SweepReport(Callback):
-    """Says before a grid sweep what will happen with each job, and after any sweep what became of them.
+    """Says before a sweep what will happen with each job, and after it, or at Ctrl-C, what became of them.
 
     Attributes:
-        failed: whether a job of the last sweep in this process is not done: then the exit code is not 0.
+        latest: the report of the sweep that this process runs; ``None`` before it has begun.
+        failed: whether a job of it is not done: then the exit code is not 0.
     """
 
-    failed: ClassVar[bool] = False
+    latest: ClassVar[SweepReport | None] = None
+    failed = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Prints the plan. Sweepers that choose as they go have none."""
+        """Prints the plan: every job of a grid, or what is left of a search, which chooses its jobs as it goes."""
+        SweepReport.latest = self
         self.directory = Path(str(config.hydra.sweep.dir))
         self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
-        if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
-            return
+        self.planned: list[Path] = []
+        if is_search(config.hydra.sweeper):
+            print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
+        elif str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+            Console().print(self._plan(config))
+
+    def _plan(self, config: DictConfig) -> Table:
         table = Table(title=f"sweep in {self.directory}", title_justify="left")
         for heading in ("job", "state", "plan"):
             table.add_column(heading)
         for overrides in grid(list(config.hydra.overrides.task)):
             cfg = compose(config.hydra.job.config_name, overrides=overrides, return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
-            state, _ = read_state(self.directory / job_name(cfg))
+            self.planned.append(self.directory / job_name(cfg))
+            state, _ = read_state(self.planned[-1])
             plan = "started again, the earlier one kept" if cfg.sweep.fresh and state != "new" else PLANS[state]
             if state == "failed" and not cfg.sweep.retry_failed and not cfg.sweep.fresh:
                 plan = "left alone"
             table.add_row(" ".join(item for item in overrides if item not in config.hydra.overrides.task), state, plan)
-        Console().print(table)
+        return table
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints what was done and what failed, with its reason."""
-        states = {path.parent: read_state(path.parent) for path in sorted(self.directory.glob(f"*/{STATE}"))}
-        SweepReport.failed = any(state != "done" for state, _ in states.values())
-        done = sum(state == "done" for state, _ in states.values())
-        print(f"sweep: {done} of {len(states)} jobs done in {self.directory}", flush=True)
+        self.summarise()
+
+    def summarise(self) -> None:
+        """Prints how many jobs are done, and the others by name, with their state and its reason."""
+        begun = (path.parent for path in sorted(self.directory.glob(f"*/{STATE}")))
+        jobs = dict.fromkeys([*self.planned, *(path for path in begun if not re.search(rf"{BEFORE}\d+$", path.name))])
+        states = {directory: read_state(directory) for directory in jobs}
+        counts = Counter("not started" if state == "new" else state for state, _ in states.values())
+        done = counts.pop("done", 0)
+        self.failed = bool(counts)
+        rest = "".join(f", {number} {state}" for state, number in counts.items())
+        print(f"sweep: {done} of {len(states)} jobs done{rest} in {self.directory}", flush=True)
         for directory, (state, reason) in states.items():
-            if state != "done":
+            if state not in ("done", "new"):
                 print(f"  {state}: {directory.name}  {reason}", flush=True)
+
+
+def run_sweep(main: Callable[[], object]) -> int:
+    """Runs a ``hydra.main`` function that is a sweep.
+
+    Returns:
+        The exit code: 0, 1 if a job is not done, 130 after Ctrl-C, which ends the sweep and not only its job.
+    """
+    try:
+        start(main)
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED or SweepReport.latest is None:
+            raise
+        SweepReport.latest.summarise()
+        print("interrupted; the same command goes on", flush=True)
+        return INTERRUPTED
+    except ValueError as error:
+        if "No trials are completed" not in str(error):  # the plugin's word for a search without a success
+            raise
+        SweepReport.latest.summarise()
+    return int(SweepReport.latest is not None and SweepReport.latest.failed)
 
 
 def grid(overrides: Sequence[str]) -> list[list[str]]:

@@ -1,0 +1,62 @@
+"""A search's study on disk (Optuna): what was spent, what was cut off, and what is left of ``n_trials``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, flag_override
+
+
+def is_search(sweeper: DictConfig) -> bool:
+    """Whether a sweep's jobs are chosen by Optuna."""
+    return "optuna" in str(sweeper._target_)
+
+
+def go_on(sweeper: DictConfig) -> str:
+    """Makes ``n_trials`` the study's total, as the plugin would add as many anew, and hands back the trials that were cut off.
+
+    A trial that still counts as running belongs to a search that was killed: it waits again, and the plugin asks for waiting
+    trials first, with the values that they had. So its job is found by its identity and goes on from its checkpoint.
+
+    Args:
+        sweeper: the config of the plugin; ``n_trials`` becomes the number of trials that are left.
+
+    Returns:
+        What to say about it, a line for the study and one for each trial that was cut off.
+    """
+    wished = sweeper.n_trials
+    with _study(sweeper) as (storage, study):
+        trials = [] if study is None else storage.get_all_trials(study)
+        cut_off = [trial for trial in trials if trial.state.name == "RUNNING"]
+        for trial in cut_off:
+            storage.set_trial_state(trial._trial_id, type(trial.state).WAITING)
+    spent = sum(trial.state.is_finished() for trial in trials)
+    failed = sum(trial.state.name == "FAIL" for trial in trials)
+    with flag_override(sweeper, ["readonly", "struct"], False):
+        sweeper.n_trials = max(0, wished - spent)
+    lines = [
+        f"search: {spent} of {wished} trials spent ({failed} failed), {len(cut_off)} interrupted, {sweeper.n_trials} to run"
+    ]
+    for trial in cut_off:
+        values = " ".join(f"{name}={value}" for name, value in trial.params.items())
+        lines.append(f"  interrupted, goes on: trial {trial.number}  {values}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _study(sweeper: DictConfig) -> Iterator[tuple[Any, int | None]]:
+    """Yields (storage, id of the study), the id ``None`` where there is no study yet or it is kept in memory only."""
+    if not sweeper.storage:
+        yield None, None
+        return
+    from optuna.storages import RDBStorage
+
+    storage = RDBStorage(str(sweeper.storage))
+    try:
+        known = {summary.study_name: summary._study_id for summary in storage.get_all_study_summaries()}
+        yield storage, known.get(sweeper.study_name)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
