@@ -1,5 +1,6 @@
-"""Floor 4: what watches a run: averaging, seeding, checkpoints, progress, vitals and pictures."""
+"""Floor 4: what watches a run: averaging, seeding, checkpoints, progress, vitals, pictures and batch size."""
 
+from callbacks.batch_size import BatchSizeFinder
 from callbacks.checkpoints import RunCheckpoint, all_finite, diverged
 from callbacks.ema import EMA
 from callbacks.pictures import Pictures
@@ -9,6 +10,7 @@ from callbacks.vitals import Vitals
 
 __all__ = [
     "EMA",
+    "BatchSizeFinder",
     "LineProgress",
     "Pictures",
     "RunCheckpoint",

@@ -40,14 +40,14 @@ def _check_hardware(settings: dict[str, Any]) -> None:
     has_cuda = torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not (has_cuda or (accelerator == "gpu" and torch.backends.mps.is_available())):
         raise SettingError(
-            f"trainer.accelerator={accelerator}: PyTorch finds no GPU on this machine; choose trainer=cpu, or trainer=ddp_cpu for "
-            "several processes"
+            f"trainer.accelerator={accelerator}: PyTorch finds no GPU on this machine; choose trainer=cpu, or trainer=ddp_cpu "
+            "for several processes"
         )
-    if accelerator in ("gpu", "cuda", "auto") and has_cuda and "bf16" in precision:
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise SettingError(
-                f"trainer.precision={precision}: {torch.cuda.get_device_name()} has no bfloat16; add trainer.precision=32-true"
-            )
+    uses_cuda = accelerator in ("gpu", "cuda", "auto") and has_cuda
+    if uses_cuda and "bf16" in precision and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingError(
+            f"trainer.precision={precision}: {torch.cuda.get_device_name()} has no bfloat16; add trainer.precision=32-true"
+        )
     managed = any(isinstance(plugin, SLURMEnvironment) for plugin in settings.get("plugins") or [])
     if managed and "SLURM_NTASKS" not in os.environ:
         raise SettingError(

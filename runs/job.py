@@ -111,8 +111,8 @@ def check_settings(cfg: DictConfig) -> None:
     clipped = cfg.trainer.get("gradient_clip_val") and cfg.model.optimizer.get("fused")
     if str(cfg.trainer.precision) == "16-mixed" and clipped:
         raise SettingError(
-            "trainer.precision=16-mixed scales gradients, which a fused optimiser takes back only after they are clipped: choose "
-            "bf16-mixed, or add model.optimizer.fused=false"
+            "trainer.precision=16-mixed scales gradients, which a fused optimiser takes back only after they are clipped: "
+            "choose bf16-mixed, or add model.optimizer.fused=false"
         )
     if cfg.trainer.get("overfit_batches"):
         raise SettingError(
