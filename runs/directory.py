@@ -109,7 +109,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
     """Refuses to continue a checkpoint of another model: weights that fit by accident would train on the wrong bound.
 
-    Optimiser, learning rate and evaluation effort may change.
+    Optimiser, learning rate, evaluation effort and what is kept in memory may change.
 
     Raises:
         SettingError: naming the first setting that differs.
@@ -117,7 +117,7 @@ def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None
     free = {"optimizer", "lr_scheduler", "val_calls", "test_calls", "beta", "weighting", "timestep_sampler"}
     for key, here in flatten({k: v for k, v in ours["model"].items() if k not in free}, "model"):
         there = dict(flatten(theirs["model"], "model")).get(key)
-        if there != here:
+        if there != here and not key.endswith(".checkpoint_activations"):
             raise SettingError(
                 f"ckpt={path} holds another model: there {key}={there}, here {key}={here}; use that run's settings"
             )

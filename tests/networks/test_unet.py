@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from losses.draws import Rows, rows_of_global_batch
 from networks import UNet
 from networks.unet import Upsample
 
@@ -205,3 +206,30 @@ def test_upsampling_is_the_nearest_pixel_and_a_convolution(shape):
     torch.testing.assert_close(out, expected)
     ours, theirs = (torch.autograd.grad(y, [x, layer.weight, layer.bias], g) for y in (out, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_checkpointed_activations_give_the_same_gradients_from_a_fraction_of_the_memory():
+    """Dropout included, for a rank that holds some rows of the global batch."""
+    x, t, results = torch.randn(4, 3, 8, 8), torch.tensor([1, 5, 9, 1000]), []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        network = randomised(UNet((3, 8, 8), dropout=0.3, checkpoint_activations=checkpointed, **SMALL)).train()
+        saved = []
+
+        def pack(tensor, saved=saved):
+            saved.append(tensor.untyped_storage())
+            return tensor
+
+        torch.manual_seed(1)
+        parameters = {parameter.data_ptr() for parameter in network.parameters()}
+        with rows_of_global_batch(Rows(4, 8, 12)):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = network(x, t)
+            kept = {storage.data_ptr(): storage.nbytes() for storage in saved if storage.data_ptr() not in parameters}
+            torch.rand(7)  # what is drawn in between moves nothing
+            out.square().mean().backward()
+        results.append((out, [parameter.grad for parameter in network.parameters()], sum(kept.values())))
+    (out, gradients, all_kept), (again, gradients_again, few_kept) = results
+    assert torch.equal(out, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again, strict=True))
+    assert few_kept < all_kept / 3
