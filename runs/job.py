@@ -65,8 +65,10 @@ def run(cfg: DictConfig) -> float:
         test(trainer, model, datamodule, directory, cfg, started, best)
         failed = False
         return best
-    except SystemExit as end:  # of a callback that has done what the job was for
-        failed = bool(end.code)
+    except SystemExit as end:
+        if type(end) is SystemExit and end.code == 1:  # how Lightning's trainer ends after Ctrl-C
+            raise KeyboardInterrupt from None
+        failed = type(end) is not SystemExit or bool(end.code)  # 0: of a callback that has done what the job was for
         raise
     finally:
         finish_wandb(failed)
