@@ -9,10 +9,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from runs.identity import identity, with_sweep_directory
-from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, result
-from tests.wandb_file import records
+from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result
+from tests.wandb_file import read, records
 
 JOB = [*QUICK, "model.num_steps=20", *(item for item in SMALL_DDPM if "num_steps" not in item)]
 RANKS = [item for item in JOB if "devices" not in item]
@@ -101,24 +102,62 @@ def wandb_files(directory):
     return sorted((directory / "outputs" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
-    overrides = ["-m", *JOB, "seed=0,1", "trainer.max_epochs=60", "model/lr_scheduler=constant"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(tmp_path)}
+def start(overrides, directory, **settings):
+    """``python train.py ...`` in a process group of its own, once the first last.ckpt of its sweep is there."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(directory)}
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=directory, env=environment, start_new_session=True,
+        stderr=subprocess.STDOUT, text=True, preexec_fn=heed_ctrl_c, **settings,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("outputs/sweeps/*/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+    while not checkpoints(directory) and time.monotonic() < deadline:
         time.sleep(0.1)
+    return process
+
+
+def checkpoints(directory):
+    return list(directory.glob("outputs/sweeps/*/*/checkpoints/last.ckpt"))
+
+
+def kill(process):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    (directory,) = (path.parents[1] for path in tmp_path.glob("outputs/sweeps/*/*/checkpoints/last.ckpt"))
+
+
+LONG = [*JOB, "trainer.max_epochs=25", "model/lr_scheduler=constant"]
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    overrides = ["-m", *LONG, "seed=0,1"]
+    kill(start(overrides, tmp_path, stdout=subprocess.DEVNULL))
+    (directory,) = (path.parents[1] for path in checkpoints(tmp_path))
     assert not (directory / "result.json").exists()
     done = command(*overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "continuing from" in done.stdout
-    assert {result(path.parent)["step"] for path in tmp_path.glob("outputs/sweeps/*/*/result.json")} == {660}
+    assert {result(path.parent)["step"] for path in tmp_path.glob("outputs/sweeps/*/*/result.json")} == {275}
+
+
+def test_ctrl_c_ends_a_sweep_with_its_summary_and_the_same_command_goes_on(tmp_path):
+    overrides = ["-m", *LONG, "seed=0,1", "logger.mode=offline"]
+    process = start(overrides, tmp_path, stdout=subprocess.PIPE)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    (directory,) = (path.parents[1] for path in checkpoints(tmp_path))
+    assert "sweep: 0 of 2 jobs done, 1 interrupted, 1 not started in" in output
+    assert f"interrupted: {directory.name}" in output
+    assert "the same command goes on" in output
+    assert json.loads((directory / "job.json").read_text())["status"] == "interrupted"
+    assert read(tmp_path / "outputs" / "wandb")["exit"][-1].exit_code == 1
+    step = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"interrupted at step {step};" in output
+    done = command(*overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "sweep: 2 of 2 jobs done in" in done.stdout
+    assert f"continuing from {directory}/checkpoints/last.ckpt" in done.stdout
+    assert {result(path.parent)["step"] for path in tmp_path.glob("outputs/sweeps/*/*/result.json")} == {275}
 
 
 @pytest.fixture(scope="module")
@@ -174,15 +213,35 @@ def test_devices_may_vary_within_a_sweep(alone, tmp_path):
 
 def test_optuna_minimises_the_validation_figure_with_two_ranks_and_goes_on(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    overrides = [
-        "-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", *RANKS, "trainer.devices=2",
-        "model.optimizer.lr=interval(1e-4,1e-2)",
-    ]  # fmt: skip
-    for trials in (2, 4):
-        done = command(*overrides, cwd=tmp_path)
+    overrides = ["-m", "hydra/sweeper=search", *RANKS, "trainer.devices=2", "model.optimizer.lr=interval(1e-4,1e-2)"]
+    for trials, said in ((2, "0 of 2 trials spent (0 failed), 0 interrupted, 2 to run"), (3, "2 of 3 trials spent")):
+        done = command(*overrides, f"hydra.sweeper.n_trials={trials}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+        assert said in done.stdout
         (sweep,) = sweeps(tmp_path)
         objectives = [result(path.parent)["objective"] for path in sweep.glob("*/result.json")]
         assert len(objectives) == trials
     best = [line for line in done.stdout.splitlines() if "Best value" in line]
     assert float(best[0].split()[-1]) == pytest.approx(min(objectives))
+
+
+def test_a_killed_search_goes_on_with_the_trial_that_was_cut_off_and_adds_none(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    overrides = ["-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", *LONG, "model.optimizer.lr=interval(1e-4,1e-2)"]
+    kill(start(overrides, tmp_path, stdout=subprocess.DEVNULL))
+    (directory,) = (path.parents[1] for path in checkpoints(tmp_path))
+    (rate,) = (item for item in json.loads((directory / "job.json").read_text())["overrides"] if "optimizer.lr" in item)
+    done = command(*overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "search: 0 of 2 trials spent (0 failed), 1 interrupted, 2 to run" in done.stdout
+    assert f"interrupted, goes on: trial 0  {rate}" in done.stdout
+    assert f"continuing from {directory}/checkpoints/last.ckpt" in done.stdout
+    assert "sweep: 2 of 2 jobs done" in done.stdout
+    study = optuna.load_study("sweep", f"sqlite:///{directory.parent}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert result(directory)["objective"] == study.trials[0].value
+    assert f"model.optimizer.lr={study.trials[0].params['model.optimizer.lr']}" == rate
+    again = command(*overrides, cwd=tmp_path)  # nothing is left to do
+    assert again.returncode == 0, again.stderr
+    assert "search: 2 of 2 trials spent (0 failed), 0 interrupted, 0 to run" in again.stdout
+    assert len(list(directory.parent.glob("*/result.json"))) == 2
