@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+
+from runs.help import help_text
 
 FULL = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -16,11 +19,15 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 def start(main: Callable[[], object]) -> None:
     """Runs a ``hydra.main`` function.
 
-    A misspelt group, choice or setting ends it with one line and exit code 1, Ctrl-C with exit code 130.
+    ``--help`` is answered at once. A misspelt group, choice or setting ends it with one line and exit code 1, Ctrl-C with
+    exit code 130.
 
     Args:
         main: the decorated function.
     """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(Path(sys.argv[0]).stem))
+        return
     if os.environ.get(FULL):  # asked for by the user: everything Hydra has to say
         main()
         return

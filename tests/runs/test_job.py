@@ -176,6 +176,7 @@ def test_help_is_quick_and_names_every_group(tmp_path):
     assert done.returncode == 0
     for word in ("model: ddpm, mhvae, vae", "model/schedule: constant, cosine, jsd", "data: cifar10, digits", "Examples"):
         assert word in done.stdout
+    assert "$" not in done.stdout
     assert not list(tmp_path.iterdir())
 
 
