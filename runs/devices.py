@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_modules import LikelihoodModule
 from lightning_modules.sharding import networks
 from runs.build import SettingError
+
+
+class StaticGraphDDP(DDPStrategy):
+    """DDP that learns the graph of the first backward pass and keeps to it, also where gradients are accumulated.
+
+    Lightning leaves gradients unsynchronised until the last of the batches that make a step. The graph is learned while
+    gradients are synchronised, and PyTorch stops at an internal assertion if the first pass is not one of these.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(static_graph=True, **settings)
+        self._learned = False
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Synchronises the first pass all the same: the sum over batches stays the same, early or late."""
+        learned, self._learned = self._learned, True
+        return super().block_backward_sync() if learned else nullcontext()
 
 
 def make_trainer(float32_matmul_precision: str = "highest", **settings: Any) -> Trainer:
