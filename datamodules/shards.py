@@ -147,11 +147,10 @@ class ShardedImages:
         places, starts = self._find(index % num)
         for image, place, start in zip(batch, places, starts, strict=True):
             self._read(image, place, start)
-        images = torch.from_numpy(batch).view(-1, *self.image_shape)
-        mirrored = index >= num
-        if mirrored.any():
-            images[mirrored] = images[mirrored].flip(-1)
-        return images
+        batch = batch.reshape(-1, *self.image_shape)
+        mirrored = (index >= num).numpy().nonzero()[0]
+        batch[mirrored] = batch[mirrored, ..., ::-1]
+        return torch.from_numpy(batch)
 
     def read_ahead(self, first: int, stop: int) -> None:
         """Asks the system to fetch images ``first`` to ``stop`` (exclusive) in one go, before they are read one by one."""
