@@ -28,18 +28,19 @@ def start(main: Callable[[], object]) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(Path(sys.argv[0]).stem))
         return
-    if os.environ.get(FULL):  # asked for by the user: everything Hydra has to say
-        main()
-        return
+    asked = os.environ.get(FULL)  # by the user, who then sees everything Hydra has to say
     os.environ[FULL] = "1"  # Hydra then raises what it would print over many lines
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except (HydraException, OmegaConfBaseException) as error:
+        if asked:
+            raise
+        sys.exit(f"error: {sentence(error)}")
     finally:
-        os.environ.pop(FULL, None)
+        if not asked:
+            os.environ.pop(FULL, None)
 
 
 def sentence(error: BaseException) -> str:

@@ -164,10 +164,11 @@ class SweepReport(Callback):
         if is_search(config.hydra.sweeper):
             print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
         elif str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+            print(f"sweep in {self.directory}", flush=True)
             Console().print(self._plan(config))
 
     def _plan(self, config: DictConfig) -> Table:
-        table = Table(title=f"sweep in {self.directory}", title_justify="left")
+        table = Table()
         for heading in ("job", "state", "plan"):
             table.add_column(heading)
         for overrides in grid(list(config.hydra.overrides.task)):
