@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from lightning_modules.sharding import sharded_parts
+
 
 def diverged(what: str, step: int) -> FloatingPointError:
     """Returns the error of a run that has diverged, to raise."""
@@ -83,7 +85,9 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint["format"] = self.file_format
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes last.ckpt after Ctrl-C or SIGTERM, if any step was taken."""
+        """Writes last.ckpt after Ctrl-C or SIGTERM, if any step was taken and rank 0 holds all of the weights."""
+        if sharded_parts(pl_module):
+            return  # gathering them would wait for ranks that the signal did not reach
         if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or not trainer.training or not trainer.global_step:
             return
         if not all_finite(pl_module.parameters()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
+from callbacks import Requeue
 from lightning_modules import LikelihoodModule
 from lightning_modules.sharding import networks
 from runs.build import SettingError
@@ -19,12 +22,19 @@ from runs.build import SettingError
 class StaticGraphDDP(DDPStrategy):
     """DDP that learns the graph of the first backward pass and keeps to it, also where gradients are accumulated.
 
+    Every step uses every parameter: whichever t a batch draws and whatever the loss weighs, each network is run on all rows
+    once. Only which of its outputs the loss reads varies, and DDP does not look at that.
+
     Lightning leaves gradients unsynchronised until the last of the batches that make a step. The graph is learned while
     gradients are synchronised, and PyTorch stops at an internal assertion if the first pass is not one of these.
+
+    Buffers are not sent around: they are constants, and a proposal that each rank works out from what all ranks saw.
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(static_graph=True, **settings)
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as older PyTorch has it
+        super().__init__(static_graph=True, **{name: False}, **settings)
         self._learned = False
 
     def block_backward_sync(self) -> AbstractContextManager[None]:
@@ -51,7 +61,27 @@ def make_trainer(float32_matmul_precision: str = "highest", **settings: Any) -> 
     _check_hardware(settings)
     torch.set_float32_matmul_precision(float32_matmul_precision)
     torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # PyTorch's default rounds convolutions in any case
-    return Trainer(**settings)
+    if _in_slurm(settings):
+        settings["callbacks"] = [*(settings.get("callbacks") or []), Requeue()]
+    trainer = Trainer(**settings)
+    _ask_for_sigterm_less_often(trainer)
+    return trainer
+
+
+def _in_slurm(settings: dict[str, Any]) -> bool:
+    return any(isinstance(plugin, SLURMEnvironment) for plugin in settings.get("plugins") or [])
+
+
+def _ask_for_sigterm_less_often(trainer: Trainer) -> None:
+    """Lets ranks tell each other of a SIGTERM where the loss is logged; Lightning has all of them wait for it every batch."""
+    loop = trainer.fit_loop.epoch_loop
+    ask = loop._broadcast_sigterm_tensor
+
+    def ask_when_logging() -> None:
+        if trainer.fit_loop.total_batch_idx % trainer.log_every_n_steps == 0:
+            ask()
+
+    loop._broadcast_sigterm_tensor = ask_when_logging
 
 
 def _check_hardware(settings: dict[str, Any]) -> None:
@@ -67,8 +97,7 @@ def _check_hardware(settings: dict[str, Any]) -> None:
         raise SettingError(
             f"trainer.precision={precision}: {torch.cuda.get_device_name()} has no bfloat16; add trainer.precision=32-true"
         )
-    managed = any(isinstance(plugin, SLURMEnvironment) for plugin in settings.get("plugins") or [])
-    if managed and "SLURM_NTASKS" not in os.environ:
+    if _in_slurm(settings) and "SLURM_NTASKS" not in os.environ:
         raise SettingError(
             "trainer=slurm: this process is not a task of a SLURM job; start it by srun inside a job, or choose trainer=ddp"
         )

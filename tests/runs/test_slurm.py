@@ -1,0 +1,57 @@
+"""A SLURM job that is asked to make room: two tasks as srun starts them, a ``scontrol`` that notes what it is told."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+
+from tests.jobs import QUICK, ROOT, result
+
+
+def tasks(tmp_path, port, *overrides):
+    """Starts both tasks of job 4242."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    scontrol.chmod(0o755)
+    common = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_"))}
+    common |= {
+        "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4242",
+        "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [
+        sys.executable, str(ROOT / "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true",
+        "trainer.devices=2", *QUICK[3:], "model=vae", "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16",
+        "logger=csv", "model/lr_scheduler=constant", "hydra.run.dir=here", "ckpt=auto", *overrides,
+    ]  # fmt: skip
+    return [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+def test_a_job_is_requeued_from_where_it_was(tmp_path):
+    port = 20000 + os.getpid() % 20000
+    first = tasks(tmp_path, port, "trainer.max_epochs=100000")
+    checkpoint, deadline = tmp_path / "here" / "checkpoints" / "last.ckpt", time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in first:
+        process.send_signal(signal.SIGUSR1)
+    said = [process.communicate(timeout=60)[0] for process in first]
+    assert (tmp_path / "told").read_text() == "requeue 4242\n"
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert f"SLURM job 4242 is put back in the queue at step {step}\n" in said[0]
+    assert "SLURM job" not in said[1]
+    assert step % 5 == 0
+    again = tasks(tmp_path, port, f"trainer.max_epochs={step // 11 + 2}")
+    said = [process.communicate(timeout=60)[0] for process in again]
+    assert [process.returncode for process in again] == [0, 0], said
+    assert "continuing from" in said[0]
+    assert result(tmp_path / "here")["step"] == (step // 11 + 2) * 11
