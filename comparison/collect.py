@@ -63,10 +63,13 @@ class Run:
 
     @property
     def images_per_second(self) -> float | None:
-        """Training images a second, validation and start-up included."""
+        """Training images a second of fit, validation included, over all sessions of the run."""
         try:
-            images = self.settings["data.batch_size"] * self.settings.get("trainer.accumulate_grad_batches", 1)
-            return self.result["step"] * images / self.result["seconds"]["train"]
+            seconds, images = self.result["seconds"]["train"], self.result.get("images_seen")
+            if images is None:  # a run without callbacks.vitals counts none: then as if it had one session
+                batch = self.settings["data.batch_size"] * self.settings.get("trainer.accumulate_grad_batches", 1)
+                images = self.result["step"] * batch
+            return images / seconds
         except (KeyError, TypeError, ZeroDivisionError):
             return None
 
@@ -158,7 +161,7 @@ def _is_result(result: dict[str, Any]) -> bool:
     if not all(isinstance(cost, dict) for cost in costs.values()):
         return False
     numbers = [value for part in (metrics, seconds, *costs.values()) for value in part.values()]
-    numbers += [result.get("parameters"), result.get("objective")]
+    numbers += [result.get(name) for name in ("parameters", "objective", "images_seen")]
     return all(isinstance(value, (int, float, type(None))) for value in numbers)
 
 
@@ -181,14 +184,14 @@ def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:
     return [leaf for key, child in value.items() for leaf in flatten(child, f"{prefix}.{key}")]
 
 
-def curve(run: Run, metric: str) -> tuple[list[int], list[float]]:
-    """Returns (steps, values) of a metric in metrics.csv; empty where there is none."""
+def curve(run: Run, metric: str, over: str = "step") -> tuple[list[int], list[float]]:
+    """Returns (steps, values) of a metric in metrics.csv, or (images_seen, values); empty where there is none."""
     steps, values = [], []
     try:
         with (run.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row.get(metric):
-                    steps.append(int(row["step"]))
+                    steps.append(int(float(row[over])))
                     values.append(float(row[metric]))
     except UNREADABLE:
         return [], []

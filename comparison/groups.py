@@ -14,6 +14,11 @@ from comparison.collect import Run
 from runs.build import SettingError
 
 LEVEL = 0.95  # of the confidence intervals
+# where and how a run was computed: by design it changes no figure, so it tells no groups apart unless by= asks for it
+WHERE = (
+    "trainer._target_", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.plugins",
+    "trainer.inference_mode", "trainer.log_every_n_steps", "trainer.enable_model_summary",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,18 @@ def _same(value: Any) -> str:
 
 
 def varied_settings(runs: Sequence[Run]) -> list[str]:
-    """Returns what varies over runs: groups whose choice differs, and settings that differ otherwise; never the seed.
+    """Returns what varies over runs: groups whose choice differs, and settings that differ otherwise.
 
-    What a choice brought along is not repeated: model/network and model.levels where the data alone decides them. It is named
-    where it differs between runs of the same choice.
+    Never the seed, nor where a run was computed (:data:`WHERE`). What a choice brought along is not repeated: model/network and
+    model.levels where the data alone decides them. It is named where it differs between runs of the same choice.
     """
     chosen: list[str] = []
-    choices = sorted({key for run in runs for key in run.choices if "@" not in key} - {"logger"})
+    choices = sorted({key for run in runs for key in run.choices if "@" not in key} - {"logger", "trainer"})
     for key in sorted(choices, key=lambda key: (key != "experiment", key.count("/"), key)):  # what decides others comes first
         if _differ([run.choices.get(key) for run in runs]) and not _implied(runs, key, chosen):
             chosen.append(key)
     keys = sorted({key for run in runs for key in run.settings} - {"seed", "overrides"})
+    keys = [key for key in keys if not f"{key}.".startswith(tuple(f"{name}." for name in WHERE))]
     differing = [key for key in keys if _differ([run.settings.get(key) for run in runs])]
     differing = [key for key in differing if not _implied(runs, key, chosen) and not _follows(key, differing)]
     return [*sorted(chosen), *differing]

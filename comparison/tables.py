@@ -1,4 +1,4 @@
-"""The comparison as a table: in the terminal, as CSV and as Markdown, all from the same cells."""
+"""The comparison as a table: for people in the terminal, in Markdown and on the page, for programs as CSV."""
 
 from __future__ import annotations
 
@@ -55,17 +55,14 @@ def _cells(group: Group, unit: str) -> list[str]:
             if not math.isnan(mean)
             else "no common seed"
         )
-    terms = [group.average(lambda run, term=term: run.result.get("costs", {}).get(term, {}).get(unit)) for term in TERMS]
-    parameters = group.average(lambda run: run.result.get("parameters"))
-    seconds = group.average(lambda run: run.result.get("seconds", {}).get("total"))
-    speed = group.average(lambda run: run.images_per_second)
+    parameters, seconds, speed = _efforts(group).values()
     return [
         *(shown(value) for value in group.values.values()),
         str(len(group.runs)),
         f"{group.mean:.4f}",
         "" if math.isnan(group.deviation) else f"{group.deviation:.4f}",
         difference,
-        *("" if term is None else f"{term:.4f}" for term in terms),
+        *("" if term is None else f"{term:.4f}" for term in _costs(group, unit).values()),
         "" if parameters is None else f"{parameters:,.0f}",
         "" if seconds is None else f"{seconds:.0f}",
         "" if speed is None else f"{speed:,.0f}",
@@ -87,12 +84,47 @@ def terminal(groups: Sequence[Group], metric: str, width: int) -> Table:
 
 
 def as_csv(groups: Sequence[Group], metric: str) -> str:
-    """Returns the table as CSV."""
+    """Returns the table as CSV: one number a cell, in full precision, and nothing where there is none."""
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(header(groups, metric))
-    writer.writerows(rows(groups))
+    records = [{**one.values, **_numbers(one, metric, _unit(groups))} for one in groups]
+    writer = csv.DictWriter(text, records[0])
+    writer.writeheader()
+    writer.writerows({key: None if _is_nan(value) else value for key, value in record.items()} for record in records)
     return text.getvalue()
+
+
+def _numbers(one: Group, metric: str, unit: str) -> dict[str, object]:
+    """Returns {column: number} of a group; the difference to the best, its interval and its seeds are empty for the best."""
+    mean, half = one.difference if one.common_seeds else (math.nan, math.nan)
+    return {
+        "metric": metric,
+        "n": len(one.runs),
+        "mean": one.mean,
+        "sd": one.deviation,
+        "difference": mean,
+        "ci_low": mean - half,
+        "ci_high": mean + half,
+        "common_seeds": one.common_seeds or None,
+        "unit": unit,
+        **_costs(one, unit),
+        **_efforts(one),
+    }
+
+
+def _costs(one: Group, unit: str) -> dict[str, float | None]:
+    return {term: one.average(lambda run, term=term: run.result.get("costs", {}).get(term, {}).get(unit)) for term in TERMS}
+
+
+def _efforts(one: Group) -> dict[str, float | None]:
+    return {
+        "parameters": one.average(lambda run: run.result.get("parameters")),
+        "seconds": one.average(lambda run: run.result.get("seconds", {}).get("total")),
+        "images_per_second": one.average(lambda run: run.images_per_second),
+    }
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _in_a_cell(text: str) -> str:

@@ -152,6 +152,7 @@ def result(figure: float, seed: int, choices: dict[str, Any], continuous: bool) 
         "weights": "ema",
         "checkpoint": "best.ckpt",
         "step": 22,
+        "images_seen": 22 * 128,
         "parameters": 316548,
         "protocol": {"dataset": "digits"},
         "choices": choices,
@@ -165,10 +166,12 @@ def result(figure: float, seed: int, choices: dict[str, Any], continuous: bool) 
 
 
 def write_extras(directory: Path, figure: float, points: int = 30, steps: int = 100) -> None:
-    rows = ["step,val/bpd,val/elbo,epoch,train/bpd"]
+    rows = ["step,val/bpd,val/elbo,epoch,train/bpd,images_seen"]
     for point in range(points):
         value = figure + math.exp(-point / 6)
-        rows += [f"{10 * point + 9},,,{point},{value + 0.01}", f"{10 * point + 10},{value},{-value * NATS},{point},"]
+        step = 10 * point + 10
+        rows.append(f"{step - 1},,,{point},{value + 0.01},{128.0 * (step - 1)}")
+        rows.append(f"{step},{value},{-value * NATS},{point},,{128.0 * step}")
     (directory / "metrics.csv").write_text("\n".join([*rows, ""]))
     for name in ("plots", "samples"):
         (directory / name).mkdir()

@@ -109,6 +109,16 @@ seen.hidden = [hidden(), drawn()];
 click(); await wait(1000);
 seen.after = [hidden(), drawn()];
 """
+CHOOSING = """
+const plot = document.getElementById('curves'), button = document.getElementById('axis');
+const shown = () => [plot._fullLayout.xaxis.title.text, plot._fullData[0].x[0], button.textContent];
+seen.over = [shown()];
+button.click(); await wait(300); seen.over.push(shown());
+button.click(); await wait(300); seen.over.push(shown());
+const link = document.querySelector('tbody a');
+link.click();
+seen.target = document.querySelector(':target').textContent;
+"""
 READING = """
 const colours = node => getComputedStyle(node);
 const back = colours(document.body).backgroundColor;
@@ -149,6 +159,13 @@ def test_every_column_sorts_both_ways_and_runs_can_be_hidden(sweep, tmp_path):
     assert len(seen["buttons"]) > 4
     assert seen["before"] == seen["after"] == [[False] * 12, 12]
     assert seen["hidden"] == [[one == "1" for one in seen["groups"]], 10]
+
+
+def test_curves_go_over_images_seen_and_numbers_of_runs_lead_to_what_they_differ_in(sweep, tmp_path):
+    seen = browse(sweep, tmp_path / "place", CHOOSING)
+    steps = ["optimiser step", 10, "over images seen"]
+    assert seen["over"] == [steps, ["images seen", 1280, "over optimiser steps"], steps]
+    assert seen["target"] == "schedule=linear, weighting=elbo"
 
 
 def luminance(colour):

@@ -3,6 +3,7 @@
 import csv
 import html
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from scipy import stats
 
 from comparison.collect import flatten, rate_distortion, read_run
 from comparison.job import run
@@ -22,8 +24,9 @@ from tests.jobs import ROOT, SMALL_DDPM, result, run_here
 
 
 def table_of_csv(out):
+    """A row for each group, numbers as they stand."""
     with (out / "comparison.csv").open(newline="") as file:
-        return list(csv.reader(file))
+        return list(csv.DictReader(file))
 
 
 def table_of_markdown(out):
@@ -35,7 +38,8 @@ def table_of_markdown(out):
 def table_of_page(out):
     text = (out / "comparison.html").read_text()
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", text[: text.index("</table>")])
-    return [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+    cells = [[re.sub(r"</?a[^>]*>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+    return [[html.unescape(cell) for cell in row] for row in cells]
 
 
 def keys(value):
@@ -55,17 +59,18 @@ def real(tmp_path_factory):
 
 def test_real_jobs_are_compared(real, tmp_path, capsys):
     out = compare(tmp_path / "out", real / "vae*")
-    head, *rows = table_of_csv(out)
-    assert head[:3] == ["model.latent_dim", "runs", "test/bpd"]
+    rows = table_of_csv(out)
     results = {str(dim): result(real / f"vae{dim}" / "run") for dim in (2, 4)}
-    assert {row[0] for row in rows} == set(results)
+    assert {row["model.latent_dim"] for row in rows} == set(results)
     for row in rows:
-        own, cells = results[row[0]], dict(zip(head, row, strict=True))
-        assert float(cells["test/bpd"]) == pytest.approx(own["metrics"]["test/bpd"], abs=5e-5)
-        assert float(cells["prior (bits/dim)"]) == pytest.approx(own["costs"]["prior"]["bits_per_dim"], abs=5e-5)
-        assert cells["parameters"] == f"{own['parameters']:,}"
-        assert float(cells["images/s"].replace(",", "")) > 0
+        own = results[row["model.latent_dim"]]
+        assert (row["metric"], row["n"], row["sd"], row["unit"]) == ("test/bpd", "1", "", "bits_per_dim")
+        assert float(row["mean"]) == own["metrics"]["test/bpd"]  # every digit
+        assert float(row["prior"]) == own["costs"]["prior"]["bits_per_dim"]
+        assert float(row["parameters"]) == own["parameters"]
+        assert float(row["images_per_second"]) == own["images_seen"] / own["seconds"]["train"]
     text = (out / "comparison.html").read_text()
+    assert '<button id="axis"' in text
     assert text.count("<img ") == 2
     assert '"curves"' in text
     assert '"levels"' in text
@@ -73,7 +78,7 @@ def test_real_jobs_are_compared(real, tmp_path, capsys):
 
 
 def test_the_bound_in_bits_is_the_sum_of_the_terms_printed(real, tmp_path):
-    for row in table_of_csv(compare(tmp_path / "out", real / "vae*"))[1:]:
+    for row in table_of_markdown(compare(tmp_path / "out", real / "vae*"))[1:]:
         assert float(row[2]) == pytest.approx(sum(map(float, row[5:8])), abs=3e-4)
 
 
@@ -96,14 +101,14 @@ def test_runs_written_by_hand_are_like_real_ones(real, tmp_path):
 
 
 def test_a_ddpm_beside_a_vae_differs_by_its_model_alone(real, tmp_path):
-    assert table_of_csv(compare(tmp_path / "out", real / "ddpm", real / "vae2"))[0][:2] == ["model", "trainer.max_epochs"]
+    assert table_of_markdown(compare(tmp_path / "out", real / "ddpm", real / "vae2"))[0][:2] == ["model", "trainer.max_epochs"]
 
 
 def test_the_three_files_hold_one_table(tmp_path, capsys):
     figures = write_sweep(tmp_path / "sweep")
     out = compare(tmp_path / "out", tmp_path / "sweep")
-    head, *rows = table_of_csv(out)
-    assert table_of_markdown(out) == table_of_page(out) == [head, *rows]
+    head, *rows = table_of_markdown(out)
+    assert table_of_page(out) == [head, *rows]
     assert head == [
         "model/schedule", "model/weighting", "runs", "test/bpd", "sd", "difference ± 95%", "reconstruction (bits/dim)",
         "prior (bits/dim)", "matching (bits/dim)", "parameters", "seconds", "images/s",
@@ -120,14 +125,36 @@ def test_the_three_files_hold_one_table(tmp_path, capsys):
         assert all(cell in printed for cell in row[:9])
 
 
+def test_the_csv_holds_numbers_alone_and_all_their_digits(tmp_path):
+    figures = write_sweep(tmp_path / "sweep")
+    best, *others = table_of_csv(compare(tmp_path / "out", tmp_path / "sweep"))
+
+    def own(row):
+        return np.array([figures[row["model/schedule"], row["model/weighting"], seed] for seed in range(3)])
+
+    assert [best[name] for name in ("difference", "ci_low", "ci_high", "common_seeds")] == [""] * 4
+    for row in (best, *others):
+        numbers = {name: row[name] for name in row if name not in ("model/schedule", "model/weighting", "metric", "unit")}
+        assert all(float(number) == float(repr(float(number))) for number in numbers.values() if number)
+        assert float(row["mean"]) == pytest.approx(own(row).mean(), rel=1e-15)
+        assert float(row["sd"]) == pytest.approx(own(row).std(ddof=1), rel=1e-14)
+        assert (row["n"], row["images_per_second"]) == ("3", "1408.0")
+    for row in others:
+        pairs = own(row) - own(best)
+        half = stats.t.ppf(0.975, 2) * pairs.std(ddof=1) / math.sqrt(3)
+        expected = (pairs.mean(), pairs.mean() - half, pairs.mean() + half, 3)
+        found = [float(row[name]) for name in ("difference", "ci_low", "ci_high", "common_seeds")]
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_by_and_metric_choose(tmp_path):
     write_sweep(tmp_path / "sweep")
     out = compare(tmp_path / "out", tmp_path / "sweep", by="model/schedule", metric="test/matching")
-    head, *rows = table_of_csv(out)
+    head, *rows = table_of_markdown(out)
     assert head[:3] == ["model/schedule", "runs", "test/matching"]
     assert [row[1] for row in rows] == ["6", "6", "6"]
     out = compare(tmp_path / "two", tmp_path / "sweep", by=["model/weighting", "model/schedule"])
-    assert table_of_csv(out)[0][:2] == ["model/weighting", "model/schedule"]
+    assert table_of_markdown(out)[0][:2] == ["model/weighting", "model/schedule"]
 
 
 def test_what_is_left_out_is_listed_everywhere(tmp_path, capsys):
@@ -138,7 +165,7 @@ def test_what_is_left_out_is_listed_everywhere(tmp_path, capsys):
     write_run(tmp_path / "sweep" / "too much", float("inf"))
     (write_run(tmp_path / "sweep" / "corrupt") / "result.json").write_text("{")
     out = compare(tmp_path / "out", tmp_path / "sweep")
-    assert len(table_of_csv(out)) == 7
+    assert len(table_of_markdown(out)) == 7
     texts = [capsys.readouterr().out, (out / "comparison.md").read_text(), html.unescape((out / "comparison.html").read_text())]
     for text in texts:
         for line in (
@@ -160,7 +187,9 @@ def test_figures_that_are_missing_or_not_finite_leave_empty_cells(tmp_path):
     (directory / "metrics.csv").write_text("step,val/bpd\n1,nan\n2,inf\n3,2.0\n")
     (directory / "plots" / "kl_per_level.csv").write_text("t,nats\n1,nan\n2,0\n3,-1\n4,2.5\n")
     out = compare(tmp_path / "out", tmp_path / "runs")
-    assert table_of_csv(out)[1][-6:] == ["1.8000", "nan", "", "", "", ""]
+    assert table_of_markdown(out)[1][-6:] == ["1.8000", "nan", "", "", "", ""]
+    (row,) = table_of_csv(out)
+    assert {name for name in row if row[name] == ""} >= {"prior", "matching", "parameters", "seconds", "images_per_second"}
     data = re.search(r'id="figures">(.*?)</script>', (out / "comparison.html").read_text(), re.DOTALL).group(1)
     json.loads(data, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
@@ -172,7 +201,7 @@ def test_continuous_data_is_compared_in_nats(tmp_path, capsys):
         compare(tmp_path / "out", tmp_path / "runs")
     assert not (tmp_path / "out").exists()
     out = compare(tmp_path / "out", tmp_path / "runs", metric="test/elbo")
-    head, *rows = table_of_csv(out)
+    head, *rows = table_of_markdown(out)
     assert [row[0] for row in rows] == ["1.0", "2.0"]
     assert rows[1][4] == "-1.0000"
     assert "prior (nats)" in head
@@ -183,7 +212,7 @@ def test_continuous_data_is_compared_in_nats(tmp_path, capsys):
 def test_terms_of_pixels_and_continuous_data_have_one_unit(tmp_path):
     write_run(tmp_path / "runs" / "pixels", 2.0)
     write_run(tmp_path / "runs" / "continuous", 100.0, continuous=True, choices={"data": "gaussian"})
-    head, *rows = table_of_csv(compare(tmp_path / "out", tmp_path / "runs", metric="test/elbo"))
+    head, *rows = table_of_markdown(compare(tmp_path / "out", tmp_path / "runs", metric="test/elbo"))
     column = head.index("prior (nats)")
     assert {row[0]: float(row[column]) for row in rows} == {"digits": pytest.approx(1.7745, abs=1e-4), "gaussian": 2.0}
 
@@ -217,7 +246,7 @@ def test_hostile_names_break_no_table(tmp_path, capsys):
     for number, value in enumerate(values):
         write_run(tmp_path / "runs" / f"{number}", 2.0 + number, choices={"model/encoder": value})
     out = compare(tmp_path / "out", tmp_path / "runs")
-    assert [row[0] for row in table_of_csv(out)[1:-1]] == values[:-1]
+    assert [row["model/encoder"] for row in table_of_csv(out)[:-1]] == values[:-1]
     assert [row[0] for row in table_of_markdown(out)[1:-1]] == [
         "two lines" if "\n" in value else value for value in values[:-1]
     ]
@@ -230,7 +259,7 @@ def test_two_hundred_runs_are_compared(tmp_path):
     for number in range(34):
         write_sweep(tmp_path / "runs" / f"{number}", seeds=(number,), extras=True)
     out = compare(tmp_path / "out", tmp_path / "runs")
-    assert [row[2] for row in table_of_csv(out)[1:]] == ["34"] * 6
+    assert [row[2] for row in table_of_markdown(out)[1:]] == ["34"] * 6
     text = (out / "comparison.html").read_text()
     assert text.count("<details>") == 204
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL).group(1))

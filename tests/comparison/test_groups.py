@@ -102,6 +102,22 @@ def test_seeds_and_paths_never_tell_groups_apart(tmp_path):
     assert len(group(runs_of(tmp_path), None, "test/bpd")) == 1
 
 
+def test_where_a_run_was_computed_tells_groups_apart_only_if_asked_for(tmp_path):
+    for devices in (1, 2):
+        where = {
+            "trainer.devices": devices, "trainer.accelerator": ("cpu", "gpu")[devices - 1], "trainer.num_nodes": devices,
+            "trainer.strategy": {"_target_": "DDP", "broadcast_buffers": False} if devices == 2 else "auto",
+            "trainer.log_every_n_steps": devices,
+        }  # fmt: skip
+        write_run(tmp_path / f"{devices}", 1.0 + devices, devices, {"trainer": ("default", "ddp")[devices - 1]}, where)
+    assert varied(tmp_path) == []
+    assert [one.mean for one in group(runs_of(tmp_path), None, "test/bpd")] == [2.5]
+    apart = group(runs_of(tmp_path), ["trainer.devices"], "test/bpd")
+    assert [(one.values["trainer.devices"], one.mean) for one in apart] == [(1, 2.0), (2, 3.0)]
+    write_run(tmp_path / "bf16", settings={"trainer.precision": "bf16-mixed"})  # moves figures a little: it counts
+    assert varied(tmp_path) == ["trainer.precision"]
+
+
 def test_names_that_only_begin_like_incidental_ones_count(tmp_path):
     for number in range(2):
         write_run(tmp_path / f"{number}", settings={"data.seeds_of_plants": number})

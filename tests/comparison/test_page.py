@@ -10,8 +10,9 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from comparison.collect import collect
+from comparison.figures import COLOURS, FEW, figures, ordered, positive, thin
 from comparison.groups import group
-from comparison.page import COLOURS, FEW, config_diffs, figures, ordered, positive, thin
+from comparison.page import config_diffs
 from tests.comparison.directories import compare, png, write_extras, write_run, write_sweep
 
 
@@ -62,7 +63,8 @@ def test_no_address_leaves_the_page(tmp_path):
     tags.feed(own)
     addresses = [value for name, value in tags.attributes if name in ("src", "href", "srcset", "action", "data")]
     assert addresses
-    assert all(value.startswith("data:") for value in addresses)
+    within = {f"#{value}" for name, value in tags.attributes if name == "id"}
+    assert all(value.startswith("data:") or value in within for value in addresses)
     assert not {"iframe", "object", "embed", "base"} & set(tags.tags)
 
 
@@ -165,11 +167,22 @@ def test_config_diffs_name_what_most_runs_do_not_have(tmp_path):
     for number in range(5):
         settings = {"model.beta": 4.0, "model.extra": "<b>"} if number == 3 else None
         write_run(tmp_path / f"r{number}", settings=settings)
-    text = config_diffs(collect([str(tmp_path)])[0])
+    text = config_diffs(group(collect([str(tmp_path)])[0], ["data"], "test/bpd"))
     blocks = re.findall(r"<summary>(.*?)</summary><pre>(.*?)</pre>", text, re.DOTALL)
     assert len(blocks) == 5
     assert blocks[3][1] == "model.beta: 4.0\nmodel.extra: &#x27;&lt;b&gt;&#x27;"
     assert {block for _, block in blocks[:3]} == {"as most runs"}
+
+
+def test_learning_curves_change_to_images_seen_where_all_runs_counted_them(tmp_path):
+    for number in range(2):
+        write_run(tmp_path / f"r{number}", settings={"model.beta": 1.0 + number}, extras=True)
+    line = figures(groups_of(tmp_path), "test/bpd")["curves"]
+    assert line.layout.meta == "images seen"
+    assert [list(one.meta) for one in line.data] == [[128 * x for x in one.x] for one in line.data]
+    path = tmp_path / "r1" / "metrics.csv"
+    path.write_text(path.read_text().replace("images_seen", "something"))
+    assert figures(groups_of(tmp_path), "test/bpd")["curves"].layout.meta is None
 
 
 def test_small_helpers():

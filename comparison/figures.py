@@ -1,0 +1,131 @@
+"""The plots of a comparison, one colour a group: learning curves, KL of each step, rate and distortion, a heat map."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from comparison.collect import curve, level_kls, rate_distortion
+from comparison.groups import Group, higher_is_better, shown
+
+COLOURS = ("#4a7fc9", "#cf6226", "#3f9a63", "#9a66b8", "#b38d28", "#469cae", "#c25a80", "#7d8592", "#7c972c", "#b0603a")
+DASHES = ("solid", "dash", "dot", "dashdot")  # where there are more groups than colours
+FEW = 12  # points of a line that are marked
+
+
+def figure(title: str, x: str, y: str, kind: str = "linear") -> go.Figure:
+    """Returns an empty figure with its captions."""
+    made = go.Figure()
+    made.update_layout(title={"text": title, "x": 0}, height=420, margin={"l": 60, "r": 20, "t": 50, "b": 50}, template="none")
+    made.update_xaxes(title=x, type=kind, automargin=True)
+    made.update_yaxes(title={"text": y, "standoff": 12}, type=kind, automargin=True)
+    return made
+
+
+def plain(text: str) -> str:
+    """Returns a text that Plotly, which reads some markup in names, shows as it is."""
+    return html.escape(text, quote=False)
+
+
+def lines(groups: Sequence[Group], made: go.Figure, of, every_run: bool = True, images=None) -> go.Figure:
+    """Adds a line for each run that has one, one colour a group; a group's legend entry shows and hides all of them.
+
+    Args:
+        groups: best first.
+        made: the figure.
+        of: run -> (x, y).
+        every_run: ``False`` stops at the first run of a group that has a line.
+        images: run -> the same line over images seen, to change to where every line has it.
+    """
+    for number, group in enumerate(groups):
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        drawn = 0
+        for run in group.runs:
+            x, y = of(run)
+            seen = images(run)[0] if images else []
+            if x and (every_run or not drawn):
+                made.add_scatter(
+                    x=x, y=y, mode="lines+markers" if len(x) <= FEW else "lines", name=plain(group.label),
+                    legendgroup=str(number), showlegend=not drawn, opacity=0.9, hovertext=plain(run.name),
+                    meta=seen if len(seen) == len(x) else None,
+                    line={"color": COLOURS[number % len(COLOURS)], "width": 1.6, "dash": dash},
+                )  # fmt: skip
+                drawn += 1
+    if images and made.data and all(line.meta for line in made.data):
+        made.update_layout(meta="images seen")
+    return made
+
+
+def figures(groups: Sequence[Group], metric: str) -> dict[str, go.Figure]:
+    """Returns every figure that these runs have data for: {id: figure}."""
+    made = {
+        "curves": learning(groups, "Validation", "val/bpd", "val/bpd"),
+        "elbo": learning(groups, "Validation ELBO", "val/elbo (nats)", "val/elbo"),
+        "levels": lines(
+            groups,
+            figure("KL of each latent or step, first seed", "t", "KL (nats)", "log"),
+            lambda run: thin(*positive(*level_kls(run))),
+            every_run=False,
+        ),
+        "rate": lines(
+            groups,
+            figure("Rate and distortion, first seed", "rate (bits/dim)", "RMSE of x̂₀ (levels)"),
+            rate_distortion,
+            every_run=False,
+        ),
+    }
+    if made["curves"].data:
+        del made["elbo"]
+    if len(groups[0].values) == 2 and len(groups) > 3:
+        made["heat"] = heat_map(groups, metric)
+    return {name: one for name, one in made.items() if one.data}
+
+
+def learning(groups: Sequence[Group], title: str, caption: str, metric: str) -> go.Figure:
+    """Returns the learning curves of a metric over optimiser steps, and over images seen where the runs counted them."""
+    return lines(
+        groups,
+        figure(title, "optimiser step", caption),
+        lambda run: thin(*curve(run, metric)),
+        images=lambda run: thin(*curve(run, metric, "images_seen")),
+    )
+
+
+def positive(t: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """Leaves out what a logarithm cannot show."""
+    kept = [(one, value) for one, value in zip(t, values, strict=True) if value > 0]
+    return [one for one, _ in kept], [value for _, value in kept]
+
+
+def thin(x: list, y: list, most: int = 400) -> tuple[list, list]:
+    """Keeps at most ``most`` points of a long line, the last one among them."""
+    if len(x) <= most:
+        return x, y
+    kept = sorted({round(i) for i in np.linspace(0, len(x) - 1, most)})
+    return [x[i] for i in kept], [y[i] for i in kept]
+
+
+def heat_map(groups: Sequence[Group], metric: str) -> go.Figure:
+    """Returns the metric over two varied settings."""
+    first, second = groups[0].values
+    down, across = (ordered(group.values[key] for group in groups) for key in (first, second))
+    cell = {(shown(group.values[first]), shown(group.values[second])): group.mean for group in groups}
+    values = [[cell.get((row, column)) for column in across] for row in down]
+    made = figure(f"{plain(metric)}, mean over seeds", plain(second), plain(first), "category")
+    made.add_heatmap(
+        x=[plain(name) for name in across], y=[plain(name) for name in down], z=values, colorscale="Viridis",
+        reversescale=not higher_is_better(metric), texttemplate="%{z:.3f}", textfont={"size": 14}, hoverongaps=False,
+    )  # fmt: skip
+    made.update_yaxes(autorange="reversed")  # read from the top
+    return made
+
+
+def ordered(values: Iterable[Any]) -> list[str]:
+    """Returns the different values as they are printed, numbers by size and before words."""
+    found = {shown(value): value if isinstance(value, (int, float)) else math.inf for value in values}
+    return sorted(found, key=lambda text: (found[text], text))
