@@ -61,6 +61,8 @@ def make_trainer(float32_matmul_precision: str = "highest", **settings: Any) -> 
     _check_hardware(settings)
     torch.set_float32_matmul_precision(float32_matmul_precision)
     torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # PyTorch's default rounds convolutions in any case
+    if SLURMEnvironment.detect():
+        settings.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
     if _in_slurm(settings):
         settings["callbacks"] = [*(settings.get("callbacks") or []), Requeue()]
     trainer = Trainer(**settings)
