@@ -10,6 +10,7 @@ returns **nats per example**: a sum over all dimensions but the first, never a m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,12 @@ def sum_except_batch(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1) if x.ndim > 1 else x
 
 
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether ``shape`` broadcasts to ``to`` as it is; torch.broadcast_shapes takes longer than a small Gaussian's arithmetic."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, wide) for size, wide in pairs)
+
+
 @dataclass(frozen=True, eq=False)
 class DiagGaussian:
     """N(mean, exp(log_std)^2), independent in every dimension.
@@ -47,7 +54,7 @@ class DiagGaussian:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", full_precision(self.mean))
         object.__setattr__(self, "log_std", full_precision(self.log_std))
-        if torch.broadcast_shapes(self.mean.shape, self.log_std.shape) != self.mean.shape:
+        if not _broadcasts(self.log_std.shape, self.mean.shape):
             raise ValueError(
                 f"log_std of shape {tuple(self.log_std.shape)} does not broadcast to mean {tuple(self.mean.shape)}"
             )
