@@ -26,7 +26,7 @@ from runs.identity import job_name
 from runs.relaunch import one_job
 from runs.search import go_on, is_search
 
-STATE = "job.json"
+STATE, SWEEP = "job.json", "multirun.yaml"
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 PLANS = {  # what happens with a job in each state
     "done": "skipped",
@@ -119,7 +119,7 @@ def share_threads() -> None:
 def varied(overrides: Sequence[str], sweep: Path) -> list[str]:
     """Returns the overrides of a job that other jobs of the sweep do not share."""
     try:
-        common = OmegaConf.load(sweep / "multirun.yaml").hydra.overrides.task
+        common = OmegaConf.load(sweep / SWEEP).hydra.overrides.task
     except (OSError, AttributeError):
         return list(overrides)
     return [item for item in overrides if item not in common]
@@ -162,6 +162,8 @@ class SweepReport(Callback):
         self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         self.planned: list[Path] = []
         if is_search(config.hydra.sweeper):
+            # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies
+            OmegaConf.save(OmegaConf.create({"hydra": {"overrides": config.hydra.overrides}}), self.directory / SWEEP)
             print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
         elif str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             print(f"sweep in {self.directory}", flush=True)

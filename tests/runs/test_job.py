@@ -16,6 +16,7 @@ import yaml
 
 from runs.build import SettingError
 from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result, run_here
+from tests.runs.ranks import RECORD, assert_ranks_agree
 
 MODELS = {"vae": ("model=vae",), "mhvae": ("model=mhvae",), "ddpm": SMALL_DDPM}
 TERMS = ("bpd", "elbo", "reconstruction", "prior", "matching")
@@ -212,9 +213,10 @@ def test_two_ranks_are_one_run_with_the_figures_of_one_rank(tmp_path):
     for devices in (1, 2):
         cwd = tmp_path / str(devices)
         cwd.mkdir()
-        done = command(*common, f"trainer.devices={devices}", cwd=cwd)
+        done = command(*common, *RECORD, f"trainer.devices={devices}", cwd=cwd)
         assert done.returncode == 0, done.stderr
         (run,) = (cwd / "outputs").glob("*/*-ddpm-digits")
+        assert_ranks_agree(run, devices)
         assert len(list((cwd / "outputs" / "wandb").glob("offline-run-*"))) == 1
         with (run / "metrics.csv").open() as file:
             figures[devices] = [float(row["val/bpd"]) for row in csv.DictReader(file) if row["val/bpd"]]

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from runs.identity import identity, with_sweep_directory
-from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result
+from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result, run_here
+from tests.runs.ranks import RECORD, assert_ranks_agree
 from tests.wandb_file import read, records
 
 JOB = [*QUICK, "model.num_steps=20", *(item for item in SMALL_DDPM if "num_steps" not in item)]
-RANKS = [item for item in JOB if "devices" not in item]
+RANKS = [*(item for item in JOB if "devices" not in item), *RECORD]
 
 
 def sweeps(directory):
@@ -186,6 +187,8 @@ def test_two_ranks_in_a_sweep_are_one_job_each_under_every_launcher(launcher, al
     assert not (tmp_path / "multirun").exists()
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"sweeps", "wandb"}
     assert len(wandb_files(tmp_path)) == 2
+    for path in sweeps(tmp_path)[0].glob("*/result.json"):
+        assert_ranks_agree(path.parent)
     found = figures(tmp_path)
     assert found.keys() == alone.keys()
     for seed, pair in found.items():
@@ -221,6 +224,16 @@ def test_optuna_minimises_the_validation_figure_with_two_ranks_and_goes_on(tmp_p
         (sweep,) = sweeps(tmp_path)
         objectives = [result(path.parent)["objective"] for path in sweep.glob("*/result.json")]
         assert len(objectives) == trials
+    runs = [next(r.run for r in records(path) if r.WhichOneof("record_type") == "run") for path in wandb_files(tmp_path)]
+    jobs = {path.parent.name: json.loads(path.read_text())["overrides"] for path in sweep.glob("*/job.json")}
+    assert {run.display_name for run in runs} == set(jobs)
+    for run in runs:
+        (rate,) = (item for item in jobs[run.display_name] if "optimizer.lr" in item)
+        assert list(run.tags) == [rate]  # what varies, and no more
+        directory = sweep / run.display_name
+        assert_ranks_agree(directory)
+        run_here(tmp_path / run.run_id, *JOB, rate, "logger=csv")  # by one rank
+        assert result(tmp_path / run.run_id / "run")["objective"] == pytest.approx(result(directory)["objective"], abs=1e-4)
     best = [line for line in done.stdout.splitlines() if "Best value" in line]
     assert float(best[0].split()[-1]) == pytest.approx(min(objectives))
 
