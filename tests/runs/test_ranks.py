@@ -1,0 +1,130 @@
+"""N devices are one device: every figure and every checkpoint, uneven last batches, accumulation and shards included."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+
+from tests.data_files import pictures, write_idx
+from tests.evaluation.evaluations import evaluate_here
+from tests.jobs import QUICK, command, result, run_here
+
+DATA = (
+    "data=mnist", "data.num_val=21", "data.batch_size=16", "logger=csv", "model/lr_scheduler=constant",
+    "trainer.log_every_n_steps=1", "callbacks.pictures.every_n_epochs=1",
+)  # fmt: skip
+VAE = ("model=vae", "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16", "model.encoder.dropout=0.2", *DATA)
+DDPM = (
+    "model=ddpm", "model.network.base_channels=4", "model.network.channel_multipliers=[1,1]",
+    "model.network.num_res_blocks=1", "model.network.attention_resolutions=[]", "model.num_steps=50", "model.val_calls=3",
+    "model.test_calls=3", "trainer.accumulate_grad_batches=2", *DATA,
+)  # fmt: skip
+ON = {
+    "fsdp on 2": (VAE, ("trainer=fsdp", "trainer.precision=32-true", "trainer.accelerator=cpu", "trainer.devices=2")),
+    "ddp on 4": (DDPM, ("trainer=ddp_cpu", "trainer.devices=4")),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """17 test images: with batches of 16, the last has one row, and all ranks but one have none."""
+    root = tmp_path_factory.mktemp("data")
+    write_idx(root / "MNIST/raw/train-images-idx3-ubyte", pictures(21 + 70, 28, 28))
+    write_idx(root / "MNIST/raw/t10k-images-idx3-ubyte", pictures(17, 28, 28, seed=1))
+    return root
+
+
+@pytest.fixture(scope="module", params=ON)
+def pair(request, data, tmp_path_factory):
+    """The same job on one device and on several: (settings, run on one, run on several)."""
+    settings, devices = ON[request.param]
+    settings = (*settings, f"paths.data_dir={data}")
+    one, several = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("several")
+    run_here(one, *settings)
+    done = command(*QUICK[2:], *settings, *devices, "hydra.run.dir=run", cwd=several)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return settings, one / "run", several / "run"
+
+
+def rows(run):
+    """{(step, metric): value} of metrics.csv, but for what a clock measured."""
+    with (run / "metrics.csv").open() as file:
+        return {
+            (int(row["step"]), name): float(value)
+            for row in csv.DictReader(file)
+            for name, value in row.items()
+            if value and "/" in name and "per_second" not in name
+        }
+
+
+def checkpoint(run, name="last"):
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def files(run):
+    found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    return {path for path in found if not path.endswith(".log")}  # each rank keeps its own of Hydra's
+
+
+def test_every_figure_is_the_same(pair):
+    _, one, several = pair
+    there, here = rows(one), rows(several)
+    assert there.keys() == here.keys()
+    assert {"train/loss", "train/grad_norm", "train/lr", "val/bpd", "test/bpd"} <= {name for _, name in there}
+    for key, value in there.items():
+        assert here[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+    assert result(one)["devices"] == 1
+    assert result(several)["devices"] > 1
+    for name in ("parameters", "images_seen", "step", "protocol"):
+        assert result(one)[name] == result(several)[name], name
+
+
+def test_only_one_rank_writes_and_it_writes_the_same_files(pair):
+    _, one, several = pair
+    assert files(one) - {"config.yaml"} == files(several) - {"config.yaml"}
+    assert (one / "samples" / "final.png").read_bytes() == (several / "samples" / "final.png").read_bytes()
+
+
+def test_checkpoints_are_one_devices_in_every_key_shape_and_value(pair):
+    _, one, several = pair
+    there, here = checkpoint(one), checkpoint(several)
+    assert there.keys() == here.keys()
+    for name in ("state_dict", "current_model_state"):
+        assert there[name].keys() == here[name].keys()
+        for key, value in there[name].items():
+            torch.testing.assert_close(here[name][key], value, rtol=1e-4, atol=1e-5)
+    (theirs,), (ours,) = there["optimizer_states"], here["optimizer_states"]
+    assert theirs["state"].keys() == ours["state"].keys()
+    for index, moments in theirs["state"].items():
+        assert {key: value.shape for key, value in moments.items()} == {
+            key: value.shape for key, value in ours["state"][index].items()
+        }
+
+
+def test_either_goes_on_on_one_device_and_what_one_device_began_goes_on_in_shards(pair, tmp_path):
+    settings, *runs = pair
+    figures = []
+    for index, run in enumerate(runs):
+        copy = tmp_path / str(index) / "run"
+        shutil.copytree(run, copy)
+        run_here(copy.parent, *settings, "trainer.max_epochs=3", "ckpt=last")
+        figures.append(rows(copy))
+    if "model=vae" in settings:
+        shutil.copytree(runs[0], tmp_path / "shards")
+        more = ("hydra.run.dir=shards", "trainer.max_epochs=3", "ckpt=last", "compile=eager")
+        done = command(*QUICK[2:], *settings, *ON["fsdp on 2"][1], *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        figures.append(rows(tmp_path / "shards"))
+    assert len({step for step, name in figures[0] if name == "val/bpd"}) == 3
+    for other in figures[1:]:
+        assert other.keys() == figures[0].keys()
+        assert list(other.values()) == pytest.approx(list(figures[0].values()), rel=1e-4, abs=1e-4)
+
+
+def test_either_is_evaluated_on_one_device(pair):
+    settings, *runs = pair
+    if "model=vae" in settings:  # every checkpoint is of the same kind, and this is the cheapest to evaluate
+        figures = [evaluate_here(run, "batch_size=17")[0] for run in runs]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-5)
