@@ -1,0 +1,139 @@
+"""One process: what is compiled, accumulated, refused, and how large a batch may be."""
+
+import csv
+
+import pytest
+import torch
+
+from lightning_modules import VAELightningModule, WarmupCosine
+from lightning_modules.sharding import blocks, networks
+from runs.build import SettingError, build_part
+from runs.devices import compile_networks, make_trainer
+from tests.jobs import configure, result, run_here
+
+VAE = ("model=vae", "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16", "model.encoder.dropout=0.2", "logger=csv")
+SMALL = (*VAE, "callbacks.pictures=null", "model/lr_scheduler=constant")
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def column(run, name):
+    with (run / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def test_a_compiled_run_is_the_run_and_either_goes_on_from_the_other(tmp_path):
+    """Averages and a smaller last batch included; ``eager`` traces and guards as every backend does, and compiles nothing."""
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    run_here(plain, *SMALL, "trainer.max_epochs=1")
+    run_here(compiled, *SMALL, "trainer.max_epochs=1", "compile=eager")
+    there, here = checkpoint(plain / "run"), checkpoint(compiled / "run")
+    for name in ("state_dict", "current_model_state"):
+        assert list(there[name]) == list(here[name])
+        assert not [key for key in here[name] if "_orig_mod" in key]
+        torch.testing.assert_close(here[name], there[name])
+    assert there["config"] == here["config"]
+    run_here(plain, *SMALL, "ckpt=last", "compile=eager")
+    run_here(compiled, *SMALL, "ckpt=last")
+    assert column(plain / "run", "val/bpd") == pytest.approx(column(compiled / "run", "val/bpd"), rel=1e-6)
+    assert len(column(plain / "run", "val/bpd")) == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=vae", "model.encoder.dropout=0.2"),
+        ("model=vae", "data=mnist", "model/encoder=conv", "model/decoder=conv"),
+        ("model=mhvae", "model/posterior=markov"),
+        ("model=ddpm", "model.network.dropout=0.2"),
+        ("model=ddpm", "model/network=unet_8x8", "model.network.base_channels=8"),
+        ("model=ddpm", "model/network=unet_8x8", "model.network.base_channels=8", "model.network.checkpoint_activations=true"),
+    ],
+    ids=lambda overrides: "-".join(item.split("=")[-1] for item in overrides),
+)
+def test_networks_compile_into_whole_graphs(overrides, tmp_path):
+    torch._dynamo.reset()
+    model = build_part(configure(tmp_path, *overrides).model)
+    for network in networks(model):
+        if "posterior" not in type(network).__name__.lower():  # it walks over networks that are given to it
+            network.compile(backend="eager", fullgraph=True)
+    loss, _ = model.objective(torch.randint(model.levels, (6, *model.image_shape)).to(torch.uint8))
+    loss.backward()
+
+
+def test_networks_and_their_blocks_are_found_by_their_form(tmp_path):
+    model = build_part(configure(tmp_path, "model=mhvae", "model/posterior=markov", "model.depth=3").model)
+    found = list(networks(model))
+    assert {model.decoder, model.posterior, *model.generative} == set(found)
+    unet = build_part(configure(tmp_path, "model=ddpm", "model/network=unet_8x8").model).network
+    assert {type(block).__name__ for block in blocks(unet)} == {"Block"}
+    assert len(list(blocks(unet))) == 4 + 2 + 6
+
+
+def test_a_backend_that_is_not_there_is_refused(tmp_path):
+    model = build_part(configure(tmp_path, *VAE).model)
+    with pytest.raises(SettingError, match=r"compile=fast: choose true, false or a backend of torch\.compile: .*inductor"):
+        compile_networks(model, "fast")
+
+
+def test_what_a_gpu_lacks_is_said_before_training(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "An older GPU")
+    with pytest.raises(SettingError, match=r"bf16-mixed: An older GPU has no bfloat16; add trainer\.precision=32-true"):
+        make_trainer(accelerator="gpu", precision="bf16-mixed", logger=False)
+    with pytest.raises(SettingError, match="float32_matmul_precision=tf32: choose highest, high"):
+        make_trainer("tf32", accelerator="cpu", logger=False)
+
+
+def test_float16_with_a_fused_optimiser_is_refused_and_bfloat16_trains(tmp_path):
+    with pytest.raises(SettingError, match="choose bf16-mixed"):
+        run_here(tmp_path, *SMALL, "trainer.precision=16-mixed")
+    run_here(tmp_path, *SMALL, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5", "trainer.max_epochs=1")
+    assert result(tmp_path / "run")["step"] == 11
+
+
+def test_accumulated_batches_make_one_optimiser_step(tmp_path):
+    """Steps, the learning rate's schedule, averages count optimiser steps; images are counted as they are seen."""
+    run_here(
+        tmp_path, *SMALL, "data.batch_size=32", "trainer.accumulate_grad_batches=4", "model/lr_scheduler=warmup_cosine",
+        "model.lr_scheduler.warmup_steps=4", "trainer.log_every_n_steps=1",
+    )  # fmt: skip
+    record, saved = result(tmp_path / "run"), checkpoint(tmp_path / "run")
+    steps = 2 * 11  # 44 batches an epoch
+    assert record["step"] == saved["global_step"] == steps
+    assert record["images_seen"] == 2 * 44 * 32
+    assert saved["averaging_state"]["n_averaged"] == steps
+    assert saved["lr_schedulers"][0]["last_epoch"] == steps
+    rates = column(tmp_path / "run", "train/lr")
+    factors = [WarmupCosine(4)(step, steps) for step in range(steps)]
+    assert [rate / max(rates) for rate in rates] == pytest.approx([factor / max(factors) for factor in factors], rel=1e-5)
+
+
+def test_the_batch_size_finder_prints_what_fits_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    cfg = ("callbacks=batch_size_finder", *VAE)
+    with pytest.raises(SystemExit) as end:
+        run_here(tmp_path / "a", *cfg)
+    assert not end.value.code
+    assert "data.batch_size=1024 fits: the training set is not much larger" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.ckpt"))
+    whole = torch.Tensor.backward
+
+    def backward(loss, *arguments, **settings):
+        if loss.grad_fn is not None and backward.size > 64:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        whole(loss, *arguments, **settings)
+
+    objective = VAELightningModule.objective
+
+    def sized(self, x):
+        backward.size = len(x)
+        return objective(self, x)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(VAELightningModule, "objective", sized)
+    with pytest.raises(SystemExit):
+        run_here(tmp_path / "b", *cfg)
+    assert "data.batch_size=64 fits: the memory does not hold 128" in capsys.readouterr().out
