@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import flag_override
 
 VARIABLES = (
-    "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS",
+    "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "SLURM_NTASKS",
 )  # fmt: skip
 OF_THE_SWEEP = ("hydra.mode", "hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper", "hydra.sweep.")
 
@@ -41,6 +41,8 @@ def one_job(script: Path, directory: Path, extra: tuple[str, ...] = ()) -> Itera
         if source.schema == "file" and source.provider in ("main", "command-line"):
             command += ["--config-path" if source.provider == "main" else "--config-dir", source.path]
     own = [item for item in hydra.overrides.hydra if not item.lstrip("+~").startswith(OF_THE_SWEEP)]
+    if environment["SLURM_NTASKS"] == "1":  # one task a job, as conf/hydra/launcher/slurm.yaml has it:
+        del os.environ["SLURM_NTASKS"]  # Lightning would wait for SLURM to start the other ranks
     try:
         sys.argv = [str(script), *command, *hydra.overrides.task, *own, *extra]
         __main__.__spec__ = None  # or Lightning would run the worker's module

@@ -46,10 +46,10 @@ def run_here(directory: Path, *overrides: str) -> float:
     return run(configure(directory, *QUICK, *overrides))
 
 
-def command(*overrides: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs ``python train.py ...`` from ``cwd``, without an account."""
+def command(*overrides: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Runs ``python train.py ...`` from ``cwd``, without an account, with these environment variables besides."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "PL_"))}
-    environment |= {"HOME": str(cwd), "NETRC": str(cwd / "netrc"), "OMP_NUM_THREADS": "1"}
+    environment |= {"HOME": str(cwd), "NETRC": str(cwd / "netrc"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *overrides],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
