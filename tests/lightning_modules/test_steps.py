@@ -1,0 +1,150 @@
+"""What a training step must not do on a device: wait for it, place anything by name, or use other weights from step to step."""
+
+import ast
+from collections import Counter
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from callbacks import EMA, SeededBatches, Vitals
+from lightning_modules import LikelihoodModule
+from losses.draws import Own, own_generators, seeded
+from runs.build import build_part
+from runs.devices import make_trainer
+from tests.jobs import ROOT, configure
+from tests.test_floors import FLOORS
+
+MODELS = {
+    "vae": ("model=vae", "model.encoder.dropout=0.2"),
+    "vae, mixture": ("model=vae", "model/likelihood=discretized_logistic_mixture"),
+    "mhvae, markov": ("model=mhvae", "model/posterior=markov"),
+    "mhvae, top-down": ("model=mhvae", "model/posterior=top_down"),
+    "ddpm, elbo": ("model=ddpm", "model/weighting=elbo", "model.network.hidden_dim=32"),
+    "ddpm, simple": ("model=ddpm", "model/weighting=simple", "model.network.hidden_dim=32"),
+    "ddpm, epsilon": ("model=ddpm", "model/parameterization=epsilon", "model.network.hidden_dim=32"),
+    "ddpm, uniform t": ("model=ddpm", "model/timestep_sampler=uniform", "model.network.hidden_dim=32"),
+    "ddpm, U-Net": ("model=ddpm", "model/network=unet_8x8", "model.network.base_channels=8"),
+    "ddpm, one step": ("model=ddpm", "model.num_steps=1", "model/schedule=constant", "model.network.hidden_dim=32"),
+}
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal", "item"}
+
+
+@pytest.fixture(params=MODELS)
+def model(request, tmp_path) -> LikelihoodModule:
+    return build_part(configure(tmp_path, *MODELS[request.param]).model).train()
+
+
+def batch(model, num=8):
+    return torch.randint(model.levels, (num, *model.image_shape)).to(torch.uint8)
+
+
+def at_each_end(model):
+    """Yields as the model is, then, if it draws steps, with every t = 1 and every t = T."""
+    yield "as drawn"
+    if hasattr(model, "timestep_sampler"):
+        for t in (1, model.num_steps):
+            model.timestep_sampler = lambda num, steps, device, t=t: torch.full((num,), t, device=device)
+            yield t
+
+
+def test_a_step_reads_nothing_from_the_device(model):
+    """On PyTorch's meta device there is nothing to read: whatever would wait for a GPU to see a value fails."""
+    model.to("meta")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=False)  # there is no fused kernel for it
+    for _ in at_each_end(model):
+        loss, elbo = model.objective(batch(model).to("meta"))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.device == elbo.value.device == torch.device("meta")
+
+
+class Traced(TorchDispatchMode):
+    """Counts the operations that make the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in WAITS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class TraceSteps(Callback):
+    """Traces every step from one end of a batch to the next, with everything that Lightning and the callbacks do."""
+
+    def __init__(self):
+        self.mode, self.steps = None, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.mode:
+            self.mode.__exit__(None, None, None)
+            self.steps.append(dict(self.mode.counts))
+        self.mode = Traced()
+        self.mode.__enter__()
+
+    def on_train_end(self, trainer, pl_module):
+        self.mode.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("name", ["vae", "mhvae, markov", "ddpm, elbo"])
+def test_lightnings_step_reads_nothing_either_away_from_logging(name, tmp_path):
+    """Averages, clipping, seeding, learning rates and vitals included. DDPM looks for t = 1 among its t, drawn on the host."""
+    cfg = configure(tmp_path, *MODELS[name])
+    traced = TraceSteps()
+    trainer = make_trainer(
+        accelerator="cpu", devices=1, max_steps=8, log_every_n_steps=1000, gradient_clip_val=1.0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        use_distributed_sampler=False, limit_val_batches=0, callbacks=[SeededBatches(0), Vitals(), EMA(), traced],
+    )  # fmt: skip
+    trainer.fit(build_part(cfg.model), build_part(cfg.data))
+    assert len(traced.steps) == 7
+    allowed = {"nonzero": 1} if name.startswith("ddpm") else {}
+    assert [step for step in traced.steps if step != allowed] == []
+
+
+def test_every_step_uses_every_parameter_once_whatever_t_it_draws(model):
+    """So DDP need not look for unused ones, and may keep the graph of its first step."""
+    uses = Counter()
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: uses.update([name]))
+    for t in at_each_end(model):
+        uses.clear()
+        model.objective(batch(model))[0].backward()
+        assert uses == Counter(name for name, _ in model.named_parameters()), t
+
+
+@pytest.mark.parametrize("name", ["vae", "mhvae, markov"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(name, tmp_path):
+    """Given each image's own noise, so without dropout: the mean over parts of the gradient is the gradient of the mean."""
+    model = build_part(configure(tmp_path, *MODELS[name]).model).eval()
+    x, gradients = batch(model, 12), []
+    for parts in (1, 3):
+        model.zero_grad()
+        for index, part in enumerate(x.chunk(parts)):
+            rows = range(index * len(part), (index + 1) * len(part))
+            with own_generators(Own([seeded(row) for row in rows], torch.zeros(len(part)))):
+                (model.objective(part)[0] / parts).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+PACKAGES = [name for name in FLOORS if (ROOT / name).is_dir()]
+
+
+@pytest.mark.parametrize("path", [p for name in PACKAGES for p in (ROOT / name).rglob("*.py")], ids=lambda path: path.name)
+def test_no_source_names_the_device_it_runs_on(path):
+    """``torch.cuda.is_available()`` and ``device.type == "cuda"`` ask; ``x.cuda()`` and ``device="cuda"`` tell."""
+    tree = ast.parse(path.read_text())
+    asked = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr != "cuda", f"line {node.lineno}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in asked:
+            assert not node.value.startswith("cuda"), f"line {node.lineno}"
