@@ -11,6 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,9 +117,8 @@ def find_arrays(source: str) -> dict[str, list[ImageArray]]:
         ValueError: if a file is damaged, or has images of another shape than the others.
     """
     path = Path(source).expanduser()
-    pattern = "*.npz" if path.is_dir() else path.name
-    folder = path if path.is_dir() else path.parent
-    files = sorted(folder.glob(pattern), key=lambda file: [int(part) if part.isdigit() else part for part in _parts(file)])
+    found = path.glob("*.npz") if path.is_dir() else map(Path, glob(str(path)))
+    files = sorted(found, key=_natural)
     splits: dict[str, list[ImageArray]] = {"train": [], "val": [], "test": []}
     for file in files:
         split = next((split for split in ("val", "test") if file.name.lower().startswith(split)), "train")
@@ -140,8 +140,9 @@ def find_arrays(source: str) -> dict[str, list[ImageArray]]:
     return {split: arrays for split, arrays in splits.items() if arrays}
 
 
-def _parts(path: Path) -> list[str]:
-    return re.split(r"(\d+)", path.name)  # so that batch 10 comes after batch 2
+def _natural(path: Path) -> list[str | int]:
+    """Orders batch 10 after batch 2."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _header(file: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, Any]:

@@ -101,6 +101,9 @@ def test_names_say_the_split_and_numbers_the_order(tmp_path):
     np.savez(tmp_path / "test.npz", data=pictures(2, 48))
     assert names(find_arrays(str(tmp_path))) == {"train": train, "val": ["val_data.npz"], "test": ["test.npz"]}
     assert names(find_arrays(f"{tmp_path}/train*.npz")) == {"train": train}
+    (tmp_path / "more").mkdir()
+    np.savez(tmp_path / "more/x.npz", data=pictures(2, 48))
+    assert names(find_arrays(f"{tmp_path}/mo*/*.npz")) == {"train": ["x.npz"]}
 
 
 def test_sources_that_cannot_work(tmp_path):
