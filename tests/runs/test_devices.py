@@ -92,7 +92,8 @@ def test_ranks_ask_each_other_for_sigterm_only_where_the_loss_is_logged(monkeypa
     """Lightning's question at every batch is a broadcast that the host waits for."""
     asked = []
     loops = type(make_trainer(accelerator="cpu", logger=False).fit_loop)
-    monkeypatch.setattr("lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor", asked.append)
+    loop = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"
+    monkeypatch.setattr(f"{loop}._broadcast_sigterm_tensor", lambda loop: asked.append(loop))
     trainer = make_trainer(accelerator="cpu", logger=False, log_every_n_steps=4)
     for index in range(8):
         monkeypatch.setattr(loops, "total_batch_idx", index)
