@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -167,6 +168,8 @@ class ImageDataModule(LightningDataModule, ABC):
         workers = self.num_workers
         ahead = self.prefetch if workers else None
         settings = {"batch_size": None, "num_workers": workers, "persistent_workers": workers > 0, "prefetch_factor": ahead}
+        # a GPU copies from pinned memory while the host goes on, which Lightning asks it to
+        settings["pin_memory"] = isinstance(getattr(self.trainer, "accelerator", None), CUDAAccelerator)
         if split == "train":
             return ResumableLoader(batches, sampler=self._sampler(split), place=self._place, **settings)
         return DataLoader(batches, sampler=self._sampler(split), **settings)

@@ -1,9 +1,11 @@
 """One process: what is compiled, accumulated, refused, and how large a batch may be."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 
 from lightning_modules import VAELightningModule, WarmupCosine
 from lightning_modules.sharding import blocks, networks
@@ -86,6 +88,15 @@ def test_what_a_gpu_lacks_is_said_before_training(monkeypatch):
         make_trainer(accelerator="gpu", precision="bf16-mixed", logger=False)
     with pytest.raises(SettingError, match="float32_matmul_precision=tf32: choose highest, high"):
         make_trainer("tf32", accelerator="cpu", logger=False)
+
+
+@pytest.mark.parametrize("accelerator", [CPUAccelerator, CUDAAccelerator])
+def test_batches_for_a_gpu_are_pinned(accelerator, tmp_path):
+    data = build_part(configure(tmp_path, *VAE).data)
+    data.setup()
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, accelerator=accelerator(), training=False)
+    loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+    assert [loader.pin_memory for loader in loaders] == [accelerator is CUDAAccelerator] * 3
 
 
 def test_ranks_ask_each_other_for_sigterm_only_where_the_loss_is_logged(monkeypatch):
