@@ -1,4 +1,4 @@
-"""The faults of Lightning's averaging that callbacks.EMA mends, each held here."""
+"""The average, and the faults of Lightning's own callback that ours does not have, each held here."""
 
 import pytest
 import torch
@@ -40,6 +40,19 @@ class Saver(Callback):
 
     def on_exception(self, trainer, pl_module, exception):
         trainer.save_checkpoint(self.path)
+
+
+class AtTheEnd(Callback):
+    """Notes the weight when validation ends, as pictures are drawn then, and saves amid validation."""
+
+    def __init__(self, path):
+        self.path, self.seen = path, None
+
+    def on_validation_batch_end(self, trainer, pl_module, *arguments):
+        trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.seen = pl_module.weight.item()
 
 
 def loader(num):
@@ -109,6 +122,17 @@ def test_resuming_continues_both_sets_exactly(tmp_path):
     run.fit(resumed, loader(6), ckpt_path=checkpoint.last_model_path, weights_only=True)
     assert run.global_step == 12
     assert resumed.weight.item() == whole.weight.item() == pytest.approx(expected(0.9, 12))
+
+
+def test_the_average_is_there_until_validation_has_ended_and_may_be_saved_from_within(tmp_path):
+    model, end = Counter(), AtTheEnd(tmp_path / "x.ckpt")
+    run = trainer(tmp_path, end, EMA(0.9), max_epochs=1, num_sanity_val_steps=0, enable_checkpointing=False)
+    run.fit(model, loader(5), loader(1))
+    assert end.seen == model.seen["val"] == pytest.approx(expected(0.9, 5))
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert saved["state_dict"]["weight"].item() == pytest.approx(expected(0.9, 5))
+    assert saved["current_model_state"]["weight"].item() == 5
+    assert model.weight.item() == pytest.approx(expected(0.9, 5))  # what fit leaves in the model
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 2])
