@@ -8,6 +8,7 @@ from callbacks.progress import LineProgress, progress_bar
 from callbacks.requeue import Requeue
 from callbacks.seeding import SeededBatches
 from callbacks.vitals import Vitals
+from callbacks.whole_steps import WholeSteps
 
 __all__ = [
     "EMA",
@@ -18,6 +19,7 @@ __all__ = [
     "RunCheckpoint",
     "SeededBatches",
     "Vitals",
+    "WholeSteps",
     "all_finite",
     "diverged",
     "progress_bar",

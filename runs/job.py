@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from callbacks import EMA, RunCheckpoint, Vitals, all_finite, diverged
+from callbacks import EMA, RunCheckpoint, Vitals, WholeSteps, all_finite, diverged
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
@@ -183,7 +183,7 @@ def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) ->
     callbacks = [build_part(part) for part in parts.values()]
     if cfg.trainer.get("enable_checkpointing", True) and not cfg.trainer.get("fast_dev_run"):
         kept = {name: config[name] for name in ("model", "data", "seed")}
-        callbacks.append(RunCheckpoint(str(directory / "checkpoints"), kept, FORMAT))
+        callbacks += [RunCheckpoint(str(directory / "checkpoints"), kept, FORMAT), WholeSteps()]
     return callbacks
 
 

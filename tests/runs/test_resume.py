@@ -1,6 +1,8 @@
 """A run that stops in the middle of an epoch goes on with the next batch, and ends as if it had not stopped."""
 
 import itertools
+import os
+import signal
 
 import pytest
 import torch
@@ -34,27 +36,47 @@ def same(one, other):
     return one == other
 
 
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted_at_once():
+    raise KeyboardInterrupt
+
+
+def killed():
+    raise RuntimeError
+
+
+@pytest.fixture(autouse=True)
+def _heed_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it after the first
+
+
 @pytest.mark.parametrize(
-    ("hook", "batch", "error", "goes_on_at"),
+    ("stop", "batch", "goes_on_at"),
     [
-        ("training_step", 4, KeyboardInterrupt, 4),  # digits have 11 batches an epoch
-        ("training_step", 16, KeyboardInterrupt, 16),
-        ("on_train_batch_end", 20, KeyboardInterrupt, 21),
-        ("training_step", 11, KeyboardInterrupt, 11),
-        ("training_step", 18, RuntimeError, 15),  # as if killed: what validation saved is all there is
+        (ctrl_c, 3, 4),  # digits have 11 batches an epoch, and here a validation after 4 and 8 of them
+        (ctrl_c, 16, 17),
+        (ctrl_c, 21, 22),
+        (interrupted_at_once, 16, 16),
+        (interrupted_at_once, 11, 11),
+        (killed, 18, 15),  # what the last validation saved is all there is
     ],
 )
-def test_mid_epoch_is_exact(hook, batch, error, goes_on_at, uninterrupted, tmp_path, monkeypatch):
-    usual, count = getattr(VAELightningModule, hook), itertools.count()
+def test_mid_epoch_is_exact(stop, batch, goes_on_at, uninterrupted, tmp_path, monkeypatch):
+    usual, count = VAELightningModule.training_step, itertools.count()
 
     def stops(self, *args):
         if next(count) == batch:
-            raise error
+            stop()
         return usual(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(VAELightningModule, hook, stops)
-        with pytest.raises((SystemExit, error)):
+        patch.setattr(VAELightningModule, "training_step", stops)
+        with pytest.raises((SystemExit, KeyboardInterrupt, RuntimeError)):
             run_here(tmp_path, *COMMON)
     assert last(tmp_path)["global_step"] == goes_on_at
     run_here(tmp_path, *COMMON, "ckpt=last")

@@ -1,0 +1,51 @@
+"""Ctrl-C stops behind a training step and not amid one, so that a resumed run ends where an uninterrupted one would."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+
+class WholeSteps(Checkpoint):
+    """Holds the first Ctrl-C back until the step is complete, with its averages and figures; the second one is not held back.
+
+    Only on one device: of several, some might begin a step that the others do not join. It is a ``Checkpoint``, because
+    Lightning calls those after all other callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._usual: Any = None
+        self._asked = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Takes Ctrl-C over, if there is anything to take over."""
+        usual = signal.getsignal(signal.SIGINT)
+        if trainer.world_size == 1 and callable(usual) and threading.current_thread() is threading.main_thread():
+            self._usual, self._asked = usual, False
+            signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._usual is not None:
+            signal.signal(signal.SIGINT, self._usual)
+            self._usual = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Does what Ctrl-C asked for."""
+        self._give_back()
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives Ctrl-C back."""
+        if not isinstance(exception, KeyboardInterrupt):  # after which Lightning has it ignored
+            self._give_back()

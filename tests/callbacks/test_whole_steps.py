@@ -1,0 +1,72 @@
+"""Ctrl-C waits for the end of a step; nothing else is changed about it."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from callbacks import WholeSteps
+
+ONE, TWO = SimpleNamespace(world_size=1), SimpleNamespace(world_size=2)
+
+
+@pytest.fixture(autouse=True)
+def _usual():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def step(callback, trainer=ONE, during=lambda: None):
+    callback.on_train_batch_start(trainer, None, None, 0)
+    during()
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+
+
+def test_the_step_is_completed_first():
+    reached = []
+
+    def during():
+        ctrl_c()
+        reached.append(True)
+
+    callback = WholeSteps()
+    with pytest.raises(KeyboardInterrupt):
+        step(callback, during=during)
+    assert reached
+    step(callback)  # asked once, stopped once
+
+
+def test_the_second_one_does_not_wait():
+    reached = []
+
+    def during():
+        ctrl_c()
+        ctrl_c()
+        reached.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        step(WholeSteps(), during=during)
+    assert not reached
+
+
+def test_outside_of_steps_after_errors_and_on_several_devices_it_is_as_usual():
+    callback = WholeSteps()
+    for prepare in (
+        lambda: step(callback),
+        lambda: callback.on_train_batch_start(TWO, None, None, 0),
+        lambda: (callback.on_train_batch_start(ONE, None, None, 0), callback.on_exception(ONE, None, ValueError())),
+    ):
+        prepare()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_where_it_is_ignored_it_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    step(WholeSteps(), during=ctrl_c)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
