@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 from rich.console import Console
@@ -167,7 +169,8 @@ class SweepReport(Callback):
             print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
         elif str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             print(f"sweep in {self.directory}", flush=True)
-            Console().print(self._plan(config))
+            with contextlib.suppress(HydraException):  # the sweeper refuses the same combination, in one line
+                Console().print(self._plan(config))
 
     def _plan(self, config: DictConfig) -> Table:
         table = Table()
@@ -188,11 +191,19 @@ class SweepReport(Callback):
         """Prints what was done and what failed, with its reason."""
         self.summarise()
 
-    def summarise(self) -> None:
-        """Prints how many jobs are done, and the others by name, with their state and its reason."""
+    def states(self) -> dict[Path, tuple[str, str]]:
+        """Returns {directory: (state, reason)} of what was planned and of what has begun, earlier tries left out."""
         begun = (path.parent for path in sorted(self.directory.glob(f"*/{STATE}")))
         jobs = dict.fromkeys([*self.planned, *(path for path in begun if not re.search(rf"{BEFORE}\d+$", path.name))])
-        states = {directory: read_state(directory) for directory in jobs}
+        return {directory: read_state(directory) for directory in jobs}
+
+    def done(self) -> bool:
+        """Whether any job is done."""
+        return any(state == "done" for state, _ in self.states().values())
+
+    def summarise(self) -> None:
+        """Prints how many jobs are done, and the others by name, with their state and its reason."""
+        states = self.states()
         counts = Counter("not started" if state == "new" else state for state, _ in states.values())
         done = counts.pop("done", 0)
         self.failed = bool(counts)
@@ -217,8 +228,8 @@ def run_sweep(main: Callable[[], object]) -> int:
         SweepReport.latest.summarise()
         print("interrupted; the same command goes on", flush=True)
         return INTERRUPTED
-    except ValueError as error:
-        if "No trials are completed" not in str(error):  # the plugin's word for a search without a success
+    except ValueError:  # the plugin looks for the best trial of a search that may have none
+        if SweepReport.latest is None or SweepReport.latest.done():
             raise
         SweepReport.latest.summarise()
     return int(SweepReport.latest is not None and SweepReport.latest.failed)
