@@ -1,6 +1,7 @@
 """N devices are one device: every figure and every checkpoint, uneven last batches, accumulation and shards included."""
 
 import csv
+import re
 import shutil
 
 import pytest
@@ -21,7 +22,16 @@ DDPM = (
     "model.test_calls=3", "trainer.accumulate_grad_batches=2", *DATA,
 )  # fmt: skip
 ON = {
-    "fsdp on 2": (VAE, ("trainer=fsdp", "trainer.precision=32-true", "trainer.accelerator=cpu", "trainer.devices=2")),
+    "fsdp on 2": (
+        VAE,
+        (
+            "trainer=fsdp",
+            "trainer.precision=32-true",
+            "trainer.accelerator=cpu",
+            "trainer.devices=2",
+            "+callbacks.shards._target_=tests.probes.Shards",
+        ),
+    ),
     "ddp on 4": (DDPM, ("trainer=ddp_cpu", "trainer.devices=4")),
 }
 
@@ -45,6 +55,9 @@ def pair(request, data, tmp_path_factory):
     done = command(*QUICK[2:], *settings, *devices, "hydra.run.dir=run", cwd=several)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
+    for rank, *held, whole in re.findall(r"rank (\d) holds (\d+) (\d+) (\d+) of (\d+)", done.stdout):
+        assert [int(share) / int(whole) for share in held] == pytest.approx([0.5] * 3, abs=0.02), rank
+    assert ("rank 0 holds" in done.stdout) == ("rank 1 holds" in done.stdout) == ("trainer=fsdp" in devices)
     return settings, one / "run", several / "run"
 
 

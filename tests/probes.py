@@ -1,0 +1,18 @@
+"""What a job under test is asked to say of itself: callbacks that a command line can name."""
+
+from lightning.pytorch import Callback
+
+from lightning_modules.sharding import local
+
+
+class Shards(Callback):
+    """Prints how many numbers of the weights, their gradients' moments and their average this rank holds."""
+
+    def on_train_end(self, trainer, pl_module):
+        parameters = list(pl_module.parameters())
+        state = trainer.optimizers[0].state
+        moments = sum(local(state[parameter]["exp_avg"]).numel() for parameter in parameters)
+        weights = sum(local(parameter).numel() for parameter in parameters)
+        average = sum(tensor.numel() for callback in trainer.callbacks for tensor in getattr(callback, "_average", ()))
+        whole = sum(parameter.numel() for parameter in parameters)
+        print(f"rank {trainer.global_rank} holds {weights} {moments} {average} of {whole}", flush=True)
