@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from callbacks import SeededBatches
+from evaluation.saved import SavedRun
+from runs.build import SettingError
 from tests.jobs import QUICK, command, result, run_here
 from tests.runs.test_prepare import prepare
 
@@ -34,6 +36,10 @@ def test_two_ranks_are_one_run_with_the_figures_of_one_rank(digits, tmp_path):
     assert one == pytest.approx(two, abs=1e-4)
     assert result(tmp_path / "two")["devices"] == 2
     assert result(tmp_path / "run")["protocol"]["dataset"] == "digits"
+    saved = SavedRun.open(str(tmp_path / "run"))
+    assert saved.data().sizes == {"train": 1437, "val": 180, "test": 180}
+    with pytest.raises(SettingError, match=r"data.root=.*elsewhere has no manifest.json"):
+        saved.data(str(tmp_path / "elsewhere"))
 
 
 @pytest.fixture
