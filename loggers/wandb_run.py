@@ -71,7 +71,7 @@ def _reachable() -> bool:
 
 
 class EnduringWandbLogger(WandbLogger):
-    """A WandbLogger whose failures end no run: the first is said in one line, and metrics.csv has everything."""
+    """A WandbLogger whose failures end no run: the first is said in one line, and the run directory has all."""
 
     failed = False
 
@@ -82,7 +82,10 @@ class EnduringWandbLogger(WandbLogger):
             super().log_metrics(metrics, step)
         except Exception as error:  # of any kind: its own process may be gone, or a table want an answer of the server
             if not self.failed:
-                print(f"W&B missed {', '.join(metrics)} ({_brief(error)}), and perhaps more: metrics.csv has all", flush=True)
+                print(
+                    f"W&B missed {', '.join(metrics)} ({_brief(error)}), and perhaps more: the run directory has all",
+                    flush=True,
+                )
             self.failed = True
 
 
@@ -182,5 +185,5 @@ def finish_wandb(failed: bool) -> None:
     try:
         wandb.finish(exit_code=int(failed))
     except Exception as error:
-        print(f"W&B could not end its run ({_brief(error)}): metrics.csv has all", flush=True)
+        print(f"W&B could not end its run ({_brief(error)}): the run directory has all", flush=True)
         _forget_server()

@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, flag_override
 
+STUDY = "study.db"  # as conf/hydra/sweeper/search.yaml has it, in the sweep's directory
+
 
 def is_search(sweeper: DictConfig) -> bool:
     """Whether a sweep's jobs are chosen by Optuna."""

@@ -26,7 +26,7 @@ from runs.directory import LAST, RESULT, first_free, write_json
 from runs.entry import INTERRUPTED, start
 from runs.identity import job_name
 from runs.relaunch import one_job
-from runs.search import go_on, is_search
+from runs.search import STUDY, go_on, is_search
 
 STATE, SWEEP = "job.json", "multirun.yaml"
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
@@ -94,9 +94,11 @@ def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float |
     try:
         with one_job(ENTRY, directory, ("ckpt=last",) if resumed else ()):
             objective = run(cfg)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if type(stop) is SystemExit:  # a callback's; SIGTERM makes another in Lightning, which ends with code 0
+            raise
         write_state(directory, "interrupted", overrides)
-        raise
+        raise KeyboardInterrupt from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         (directory / "error.txt").write_text(traceback.format_exc())
@@ -139,11 +141,11 @@ def _name_in_wandb(cfg: DictConfig, sweep: Path, directory: Path, overrides: Seq
             OmegaConf.update(cfg, key, value)
 
 
-def _move_aside(directory: Path) -> None:
+def _move_aside(path: Path) -> None:
     def kept(number: int) -> Path:
-        return directory.with_name(f"{directory.name}{BEFORE}{number}")
+        return path.with_name(f"{path.name}{BEFORE}{number}")
 
-    directory.rename(kept(first_free(lambda number: kept(number).exists())))
+    path.rename(kept(first_free(lambda number: kept(number).exists())))
 
 
 class SweepReport(Callback):
@@ -164,6 +166,8 @@ class SweepReport(Callback):
         self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         self.planned: list[Path] = []
         if is_search(config.hydra.sweeper):
+            if config.sweep.fresh and (self.directory / STUDY).exists():
+                _move_aside(self.directory / STUDY)
             # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies
             OmegaConf.save(OmegaConf.create({"hydra": {"overrides": config.hydra.overrides}}), self.directory / SWEEP)
             print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
