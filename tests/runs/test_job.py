@@ -219,7 +219,9 @@ def test_two_ranks_are_one_run_with_the_figures_of_one_rank(tmp_path):
         assert_ranks_agree(run, devices)
         assert len(list((cwd / "outputs" / "wandb").glob("offline-run-*"))) == 1
         with (run / "metrics.csv").open() as file:
-            figures[devices] = [float(row["val/bpd"]) for row in csv.DictReader(file) if row["val/bpd"]]
+            rows = list(csv.DictReader(file))
+        figures[devices] = [float(row["val/bpd"]) for row in rows if row["val/bpd"]]
+        assert [float(row["images_seen"]) for row in rows if row["val/bpd"]] == [11 * 128, 22 * 128]
         figures[devices].append(result(run)["metrics"]["test/bpd"])
         assert result(run)["devices"] == devices
     assert len(figures[1]) == 3
