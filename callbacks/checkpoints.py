@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,15 +86,17 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint["format"] = self.file_format
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes last.ckpt after Ctrl-C or SIGTERM, if any step was taken and rank 0 holds all of the weights."""
-        if sharded_parts(pl_module):
-            return  # gathering them would wait for ranks that the signal did not reach
-        if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or not trainer.training or not trainer.global_step:
+        """Writes last.ckpt after Ctrl-C or SIGTERM.
+
+        Not in a validation, nor weights that are not finite, nor sharded ones, as gathering them would wait for ranks that the
+        signal did not reach: then the one of the validation before stays.
+        """
+        if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or not trainer.global_step:
             return
-        if not all_finite(pl_module.parameters()):
-            return  # the one that is there was finite
-        self.interrupted = True
-        if rank_zero_only.rank == 0:
+        last = Path(self.dirpath) / f"last{self.FILE_EXTENSION}"
+        writable = trainer.training and not sharded_parts(pl_module) and all_finite(pl_module.parameters())
+        if writable and rank_zero_only.rank == 0:
             # not trainer.save_checkpoint: its barrier would wait for ranks that the signal did not reach
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, f"{self.dirpath}/last{self.FILE_EXTENSION}")
+            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
+        self.interrupted = last.exists()

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -271,7 +272,8 @@ def test_ctrl_c_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_p
     assert "interrupted at step" in output
     assert "Traceback" not in output
     step = torch.load(tmp_path / "here" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert f"interrupted at step {step};" in output
+    (at,) = re.findall(r"interrupted at step (\d+);", output)
+    assert int(at) >= step  # more, if it came in a validation
     (said,) = (line for line in output.splitlines() if "ckpt=last" in line)
     again = shlex.split(said)[2:]
     again[again.index("trainer.max_epochs=100000")] = f"trainer.max_epochs={step // 11 + 2}"
