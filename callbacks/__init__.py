@@ -1,12 +1,12 @@
-"""Floor 4: what watches a run: averaging, seeding, checkpoints, requeuing, progress, vitals, pictures and batch size."""
+"""Floor 4: what watches a run: averaging, seeding, checkpoints, stopping, progress, vitals, pictures and batch size."""
 
 from callbacks.batch_size import BatchSizeFinder
 from callbacks.checkpoints import RunCheckpoint, all_finite, diverged
 from callbacks.ema import EMA
 from callbacks.pictures import Pictures
 from callbacks.progress import LineProgress, progress_bar
-from callbacks.requeue import Requeue
 from callbacks.seeding import SeededBatches
+from callbacks.stopping import StopTogether
 from callbacks.vitals import Vitals
 from callbacks.whole_steps import WholeSteps
 
@@ -15,9 +15,9 @@ __all__ = [
     "BatchSizeFinder",
     "LineProgress",
     "Pictures",
-    "Requeue",
     "RunCheckpoint",
     "SeededBatches",
+    "StopTogether",
     "Vitals",
     "WholeSteps",
     "all_finite",

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from callbacks import Requeue
+from callbacks import StopTogether
 from lightning_modules import LikelihoodModule
 from lightning_modules.sharding import networks
 from runs.build import SettingError
@@ -63,27 +63,12 @@ def make_trainer(float32_matmul_precision: str = "highest", **settings: Any) -> 
     torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # PyTorch's default rounds convolutions in any case
     if SLURMEnvironment.detect():
         settings.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
-    if _in_slurm(settings):
-        settings["callbacks"] = [*(settings.get("callbacks") or []), Requeue()]
-    trainer = Trainer(**settings)
-    _ask_for_sigterm_less_often(trainer)
-    return trainer
+    together = StopTogether(requeue=_in_slurm(settings))
+    return Trainer(**settings | {"callbacks": [*(settings.get("callbacks") or []), together]})
 
 
 def _in_slurm(settings: dict[str, Any]) -> bool:
     return any(isinstance(plugin, SLURMEnvironment) for plugin in settings.get("plugins") or [])
-
-
-def _ask_for_sigterm_less_often(trainer: Trainer) -> None:
-    """Lets ranks tell each other of a SIGTERM where the loss is logged; Lightning has all of them wait for it every batch."""
-    loop = trainer.fit_loop.epoch_loop
-    ask = loop._broadcast_sigterm_tensor
-
-    def ask_when_logging() -> None:
-        if trainer.fit_loop.total_batch_idx % trainer.log_every_n_steps == 0:
-            ask()
-
-    loop._broadcast_sigterm_tensor = ask_when_logging
 
 
 def _check_hardware(settings: dict[str, Any]) -> None:

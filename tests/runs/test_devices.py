@@ -99,19 +99,6 @@ def test_batches_for_a_gpu_are_pinned(accelerator, tmp_path):
     assert [loader.pin_memory for loader in loaders] == [accelerator is CUDAAccelerator] * 3
 
 
-def test_ranks_ask_each_other_for_sigterm_only_where_the_loss_is_logged(monkeypatch):
-    """Lightning's question at every batch is a broadcast that the host waits for."""
-    asked = []
-    loops = type(make_trainer(accelerator="cpu", logger=False).fit_loop)
-    loop = "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop"
-    monkeypatch.setattr(f"{loop}._broadcast_sigterm_tensor", lambda loop: asked.append(loop))
-    trainer = make_trainer(accelerator="cpu", logger=False, log_every_n_steps=4)
-    for index in range(8):
-        monkeypatch.setattr(loops, "total_batch_idx", index)
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
-    assert len(asked) == 2
-
-
 def test_float16_with_a_fused_optimiser_is_refused_and_bfloat16_trains(tmp_path):
     with pytest.raises(SettingError, match="choose bf16-mixed"):
         run_here(tmp_path, *SMALL, "trainer.precision=16-mixed")

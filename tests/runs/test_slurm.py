@@ -8,11 +8,11 @@ import time
 
 import torch
 
-from tests.jobs import QUICK, ROOT, result
+from tests.jobs import QUICK, ROOT
 
 
-def tasks(tmp_path, port, *overrides):
-    """Starts both tasks of job 4242."""
+def tasks(tmp_path, port):
+    """Starts both tasks of job 4242, which would train for ever."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
     scontrol.chmod(0o755)
@@ -25,7 +25,7 @@ def tasks(tmp_path, port, *overrides):
     command = [
         sys.executable, str(ROOT / "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true",
         "trainer.devices=2", *QUICK[3:], "model=vae", "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16",
-        "logger=csv", "model/lr_scheduler=constant", "hydra.run.dir=here", "ckpt=auto", *overrides,
+        "logger=csv", "model/lr_scheduler=constant", "hydra.run.dir=here", "ckpt=auto", "trainer.max_epochs=1000000",
     ]  # fmt: skip
     return [
         subprocess.Popen(
@@ -36,12 +36,21 @@ def tasks(tmp_path, port, *overrides):
     ]  # fmt: skip
 
 
-def test_a_job_is_requeued_from_where_it_was(tmp_path):
-    port = 20000 + os.getpid() % 20000
-    first = tasks(tmp_path, port, "trainer.max_epochs=100000")
-    checkpoint, deadline = tmp_path / "here" / "checkpoints" / "last.ckpt", time.monotonic() + 60
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+def wait_for(checkpoint, step=0):
+    """Waits until a checkpoint of a later step is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["global_step"] > step:
+            return
+        time.sleep(0.2)
+    raise TimeoutError(checkpoint)
+
+
+def test_a_job_is_requeued_from_where_it_was_and_stops_where_all_ranks_are(tmp_path):
+    """First SIGUSR1 to all tasks, as SLURM sends it; then SIGTERM to the one that writes nothing."""
+    port, checkpoint = 20000 + os.getpid() % 20000, tmp_path / "here" / "checkpoints" / "last.ckpt"
+    first = tasks(tmp_path, port)
+    wait_for(checkpoint)
     for process in first:
         process.send_signal(signal.SIGUSR1)
     said = [process.communicate(timeout=60)[0] for process in first]
@@ -49,9 +58,13 @@ def test_a_job_is_requeued_from_where_it_was(tmp_path):
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     assert f"SLURM job 4242 is put back in the queue at step {step}\n" in said[0]
     assert "SLURM job" not in said[1]
-    assert step % 5 == 0
-    again = tasks(tmp_path, port, f"trainer.max_epochs={step // 11 + 2}")
+    assert step % 5 == 0  # where the loss is logged
+    again = tasks(tmp_path, port)
+    wait_for(checkpoint, step)
+    again[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=60)[0] for process in again]
-    assert [process.returncode for process in again] == [0, 0], said
     assert "continuing from" in said[0]
-    assert result(tmp_path / "here")["step"] == (step // 11 + 2) * 11
+    last = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert last > step
+    assert f"interrupted at step {last};" in said[0]
+    assert (tmp_path / "told").read_text() == "requeue 4242\n"

@@ -1,0 +1,80 @@
+"""How a job of several ranks ends before its time: all of them behind the same batch, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_modules.sharding import sharded_parts
+
+
+class StopTogether(Checkpoint):
+    """Notes SIGTERM, and lets the ranks agree to stop where the loss is logged and the device is waited for anyway.
+
+    Lightning broadcasts from within the handler, where ranks that the signal found in different places wait for each other
+    forever, and has all ranks wait for a broadcast at every batch. It also saves there when SLURM's time is up. Here SIGUSR1 is
+    noted too if ``requeue``, and the job put back in the queue once it has stopped. Where weights are sharded so is Ctrl-C, as
+    saving them takes every rank; a second Ctrl-C ends the job at once.
+
+    Given after the run's own checkpoint callback, it finds last.ckpt written, but for sharded weights.
+
+    Args:
+        requeue: whether this is a job of SLURM that may come back.
+    """
+
+    def __init__(self, requeue: bool = False) -> None:
+        self.requeue = requeue
+        self._asked: int | None = None
+        self._agreed = False
+        self._looked_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens in Lightning's place, whose handlers are set by now."""
+        heard = [signal.SIGUSR1] if self.requeue else []
+        if trainer.world_size > 1:
+            heard.append(signal.SIGTERM)
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        if sharded_parts(pl_module):
+            heard.append(signal.SIGINT)
+        for number in heard:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: Any) -> None:
+        self._asked = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends training behind this batch, if a rank was asked to."""
+        step = trainer.global_step
+        if step == self._looked_at or step % trainer.log_every_n_steps:
+            return
+        self._looked_at = step
+        asked = torch.tensor(float(self._asked is not None), device=pl_module.device)
+        self._agreed = bool(trainer.strategy.reduce(asked, reduce_op="sum"))
+        if self._agreed:
+            trainer._signal_connector.received_sigterm = True  # looked at behind this batch, on every rank
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves what is sharded, and puts a job of SLURM back in the queue."""
+        if not self._agreed:
+            return
+        saver = trainer.checkpoint_callback
+        if saver is not None and sharded_parts(pl_module):
+            saver.interrupted = True
+            trainer.save_checkpoint(Path(saver.dirpath) / f"last{saver.FILE_EXTENSION}")
+        if self._asked == signal.SIGUSR1 and trainer.is_global_zero:
+            job = os.environ["SLURM_JOB_ID"]
+            if "SLURM_ARRAY_JOB_ID" in os.environ:
+                job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+            print(f"SLURM job {job} is put back in the queue at step {trainer.global_step}", flush=True)
+            subprocess.run(["scontrol", "requeue", job], check=True)
