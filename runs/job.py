@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shlex
-import subprocess
 import sys
 import time
 import warnings
@@ -24,14 +23,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from callbacks import EMA, RunCheckpoint, Vitals, WholeSteps, all_finite, diverged
+from callbacks import EMA, RunCheckpoint, WholeSteps, all_finite, diverged
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
 from runs.devices import compile_networks
 from runs.directory import CONFIG, FORMAT, LAST, RESULT, claim, find_checkpoint, read_checkpoint, same_model, write_json
-from runs.report import result_record, table
+from runs.report import code_version, facts_to_group_by, result_record, table, totals
 
 
 def run(cfg: DictConfig) -> float:
@@ -201,29 +200,6 @@ def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path) -> l
     return loggers
 
 
-def facts_to_group_by(directory: Path) -> dict[str, Any]:
-    """Returns flat columns for W&B: the chosen groups by their short names (schedule, weighting, ...), code version, place."""
-    choices = HydraConfig.get().runtime.choices
-    chosen = {
-        key.split("/")[-1]: value for key, value in choices.items() if "/" in key and "@" not in key and "hydra" not in key
-    }
-    return {**chosen, "model_name": choices.model, "data_name": choices.data, "run_directory": str(directory), **code_version()}
-
-
-def code_version() -> dict[str, Any]:
-    """Returns {git_sha, git_dirty} of the code that runs, or nothing where it is no git checkout."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return {}
-
-
 def fit(
     trainer: Trainer, model: LikelihoodModule, datamodule: LightningDataModule, checkpoint: Path | None, directory: Path
 ) -> None:
@@ -255,24 +231,6 @@ def objective(trainer: Trainer, model: LikelihoodModule) -> float:
     if not math.isfinite(elbo):
         raise SettingError(str(diverged(f"val/elbo is {float(elbo)}", trainer.global_step)))  # without checkpoints
     return -float(elbo) if model.levels is None else nats_to_bits_per_dim(-float(elbo), model.num_dims)
-
-
-def totals(trainer: Trainer, fitted: float, elapsed: float) -> dict[str, Any]:
-    """Returns what the run has cost over all its sessions: images_seen, and seconds of fit ("train") and in all.
-
-    Args:
-        trainer: the run's.
-        fitted: seconds of this session when fit was over.
-        elapsed: seconds of this session.
-    """
-    vitals = next((callback for callback in trainer.callbacks if isinstance(callback, Vitals)), None)
-    if vitals is None:  # then nothing is known of earlier sessions
-        return {"seconds": {"train": round(fitted, 2), "total": round(elapsed, 2)}}
-    total = vitals.seconds + elapsed - vitals.session_seconds
-    return {
-        "images_seen": vitals.images_seen,
-        "seconds": {"train": round(vitals.seconds, 2), "total": round(total, 2)},
-    }
 
 
 def test(

@@ -1,13 +1,18 @@
-"""What a run says at its end: result.json and the printed table."""
+"""What a run says of itself: result.json, the printed table, and the facts that W&B groups by."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import Trainer
 from rich.table import Table
 
+from callbacks import Vitals
 from losses.elbo import nats_to_bits_per_dim
 
 PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "torchvision")
@@ -62,3 +67,44 @@ def result_record(metrics: dict[str, float], num_dims: int, levels: int | None, 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the libraries that figures depend on."""
     return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def facts_to_group_by(directory: Path) -> dict[str, Any]:
+    """Returns flat columns for W&B: the chosen groups by their short names (schedule, weighting, ...), code version, place."""
+    choices = HydraConfig.get().runtime.choices
+    chosen = {
+        key.split("/")[-1]: value for key, value in choices.items() if "/" in key and "@" not in key and "hydra" not in key
+    }
+    return {**chosen, "model_name": choices.model, "data_name": choices.data, "run_directory": str(directory), **code_version()}
+
+
+def code_version() -> dict[str, Any]:
+    """Returns {git_sha, git_dirty} of the code that runs, or nothing where it is no git checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def totals(trainer: Trainer, fitted: float, elapsed: float) -> dict[str, Any]:
+    """Returns what the run has cost over all its sessions: images_seen, and seconds of fit ("train") and in all.
+
+    Args:
+        trainer: the run's.
+        fitted: seconds of this session when fit was over.
+        elapsed: seconds of this session.
+    """
+    vitals = next((callback for callback in trainer.callbacks if isinstance(callback, Vitals)), None)
+    if vitals is None:  # then nothing is known of earlier sessions
+        return {"seconds": {"train": round(fitted, 2), "total": round(elapsed, 2)}}
+    total = vitals.seconds + elapsed - vitals.session_seconds
+    return {
+        "images_seen": vitals.images_seen,
+        "seconds": {"train": round(vitals.seconds, 2), "total": round(total, 2)},
+    }
