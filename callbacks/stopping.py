@@ -31,8 +31,7 @@ class StopTogether(Checkpoint):
 
     def __init__(self, requeue: bool = False) -> None:
         self.requeue = requeue
-        self._asked: int | None = None
-        self._agreed = False
+        self._asked = self._agreed = 0  # the signal that this rank, that any rank, was sent
         self._looked_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,8 +58,10 @@ class StopTogether(Checkpoint):
         if step == self._looked_at or step % trainer.log_every_n_steps:
             return
         self._looked_at = step
-        asked = torch.tensor(float(self._asked is not None), device=pl_module.device)
-        self._agreed = bool(trainer.strategy.reduce(asked, reduce_op="sum"))
+        asked = torch.tensor(float(self._asked), device=pl_module.device)
+        self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if self._agreed == signal.SIGINT:
+            raise KeyboardInterrupt
         if self._agreed:
             trainer._signal_connector.received_sigterm = True  # looked at behind this batch, on every rank
 
@@ -72,7 +73,7 @@ class StopTogether(Checkpoint):
         if saver is not None and sharded_parts(pl_module):
             saver.interrupted = True
             trainer.save_checkpoint(Path(saver.dirpath) / f"last{saver.FILE_EXTENSION}")
-        if self._asked == signal.SIGUSR1 and trainer.is_global_zero:
+        if self._agreed == signal.SIGUSR1 and trainer.is_global_zero:
             job = os.environ["SLURM_JOB_ID"]
             if "SLURM_ARRAY_JOB_ID" in os.environ:
                 job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
