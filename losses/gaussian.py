@@ -32,7 +32,7 @@ def sum_except_batch(x: Tensor) -> Tensor:
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
-    """Whether ``shape`` broadcasts to ``to`` as it is; torch.broadcast_shapes takes longer than a small Gaussian's arithmetic."""
+    """Whether ``shape`` broadcasts to ``to`` as it is; torch.broadcast_shapes takes longer than a Gaussian needs."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(size in (1, wide) for size, wide in pairs)
 

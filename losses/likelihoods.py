@@ -10,7 +10,6 @@ with P = ``params_per_channel``, parameter-major: ``params.unflatten(1, (P, C))`
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.elementary import log1mexp, log_sigmoid
 from losses.gaussian import DiagGaussian, full_precision, sum_except_batch
 
 
@@ -91,7 +91,7 @@ class Bernoulli:
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x), nats: (B, C, H, W), (B, C, H, W) -> (B,)."""
         logits = full_precision(params)
-        return -sum_except_batch(F.binary_cross_entropy_with_logits(logits, x.to(logits.dtype), reduction="none"))
+        return sum_except_batch(log_sigmoid(logits * to_unit(x, 2).to(logits.dtype)))  # 1 - sigmoid(l) = sigmoid(-l)
 
     def mean(self, params: Tensor) -> Tensor:
         """Returns 1 where P(x = 1) > 1/2: uint8 (B, C, H, W)."""
@@ -182,17 +182,6 @@ class _Discretized:
         return from_unit(mean + log_scale.exp() * self._noise(mean), self.levels)
 
 
-def _log1mexp(d: Tensor) -> Tensor:
-    """ln(1 - e^d) for d < 0, by whichever of two forms keeps its digits (Mächler 2012)."""
-    d = d.clamp(max=-(torch.finfo(d.dtype).tiny ** 0.5))  # bins narrower than rounding: a large finite -ln, not infinity
-    near = d > -math.log(2)
-    return torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, d, -torch.ones_like(d)))),
-        torch.log1p(-torch.exp(torch.where(near, -torch.ones_like(d), d))),
-    )
-
-
 class DiscretizedGaussian(_Discretized):
     """N(mean, scale²) integrated over each level's bin (Ho et al. 2020, eq. 13). Params: mean, ln scale."""
 
@@ -203,7 +192,7 @@ class DiscretizedGaussian(_Discretized):
         flip = lower + upper > 0  # in the upper tail both cdfs round to 1: mirror the bin into the lower tail
         log_upper = self._log_cdf(torch.where(flip, -lower, upper))
         log_lower = self._log_cdf(torch.where(flip, -upper, lower))
-        return log_upper + _log1mexp(log_lower - log_upper)
+        return log_upper + log1mexp(log_lower - log_upper)
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.randn_like(like)
@@ -213,11 +202,11 @@ class DiscretizedLogistic(_Discretized):
     """Logistic(mean, scale) integrated over each level's bin (Salimans et al. 2017). Params: mean, ln scale."""
 
     def _log_cdf(self, z: Tensor) -> Tensor:
-        return F.logsigmoid(z)
+        return log_sigmoid(z)
 
     def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
         # F(b) - F(a) = F(b) F(-a) (1 - e^{a-b}) for the logistic function: no cancellation anywhere
-        return F.logsigmoid(upper) + F.logsigmoid(-lower) + _log1mexp(lower - upper)
+        return log_sigmoid(upper) + log_sigmoid(-lower) + log1mexp(lower - upper)
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.logit(torch.rand_like(like).clamp(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps))
