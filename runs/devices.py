@@ -63,8 +63,10 @@ def make_trainer(float32_matmul_precision: str = "highest", **settings: Any) -> 
     torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # PyTorch's default rounds convolutions in any case
     if SLURMEnvironment.detect():
         settings.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
-    together = StopTogether(requeue=_in_slurm(settings))
-    return Trainer(**settings | {"callbacks": [*(settings.get("callbacks") or []), together]})
+    if settings.get("enable_checkpointing", True) and not settings.get("fast_dev_run"):  # else there is nothing to stop for
+        together = StopTogether(requeue=_in_slurm(settings))
+        settings["callbacks"] = [*(settings.get("callbacks") or []), together]
+    return Trainer(**settings)
 
 
 def _in_slurm(settings: dict[str, Any]) -> bool:

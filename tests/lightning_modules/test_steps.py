@@ -100,8 +100,9 @@ def test_lightnings_step_reads_nothing_either_away_from_logging(name, tmp_path):
     traced = TraceSteps()
     trainer = make_trainer(
         accelerator="cpu", devices=1, max_steps=8, log_every_n_steps=1000, gradient_clip_val=1.0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        use_distributed_sampler=False, limit_val_batches=0, callbacks=[SeededBatches(0), Vitals(), EMA(), traced],
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+        limit_val_batches=0, default_root_dir=tmp_path,
+        callbacks=[SeededBatches(0), Vitals(), EMA(), traced],
     )  # fmt: skip
     trainer.fit(build_part(cfg.model), build_part(cfg.data))
     assert len(traced.steps) == 7
