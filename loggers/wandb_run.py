@@ -146,7 +146,7 @@ def _start(mode: str, **common: Any) -> WandbLogger:
     import wandb
 
     wandb.setup(settings=wandb.Settings(silent=True))
-    settings = wandb.Settings(silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+    settings = wandb.Settings(silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)
     logger = EnduringWandbLogger(mode=mode, settings=settings, **common)
     logger._wandb_init.pop("anonymous", None)  # Lightning passes it, and wandb warns that it has no effect
     _ = logger.experiment
@@ -182,8 +182,10 @@ def finish_wandb(failed: bool) -> None:
     wandb = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
+    run = wandb.run
     try:
-        wandb.finish(exit_code=int(failed))
+        run.finish(exit_code=int(failed))
     except Exception as error:
-        print(f"W&B could not end its run ({_brief(error)}): the run directory has all", flush=True)
+        later = f"wandb sync {Path(run.dir).parent}"
+        print(f"W&B could not end its run ({_brief(error)}); upload it later with: {later}", flush=True)
         _forget_server()
