@@ -67,7 +67,7 @@ class DiagGaussian:
 
     def sample(self) -> Tensor:
         """Draws mean + std · ε with ε ~ N(0, I), differentiable in both parameters: (B, *)."""
-        return self.mean + self.log_std.exp() * randn_like(self.mean)
+        return torch.addcmul(self.mean, self.log_std.exp(), randn_like(self.mean))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Returns ln N(z; mean, std²) in nats per example: (B, *) -> (B,)."""
