@@ -182,7 +182,8 @@ def test_bf16_moves_the_figure_by_less_than_a_thousandth(name, estimator, runs, 
     run, common = runs.copy(name, tmp_path), (f"evaluation={estimator}", "replicates=2", *QUICK)
     one, other = (evaluate_here(run, f"fabric.precision={precision}", *common)[0] for precision in ("32-true", "bf16-mixed"))
     assert one != other
-    assert one == pytest.approx(other, abs=1e-3)
+    # 1e-3 at the 3.3 bits/dim of a modest model; the chain of 8 barely trained steps reads 12
+    assert one == pytest.approx(other, rel=3e-4)
     assert record(run)["precision"] == "bf16-mixed"
 
 
