@@ -35,7 +35,7 @@ def identity(cfg: DictConfig) -> str:
             key: OmegaConf.to_container(node[key], resolve=True) if OmegaConf.is_config(node[key]) else node[key]
             for key in kept
         }
-    return _digest(json.dumps(parts, sort_keys=True, default=str))
+    return digest(json.dumps(parts, sort_keys=True, default=str))
 
 
 def job_name(cfg: DictConfig) -> str:
@@ -70,9 +70,10 @@ def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
     )
     what = sorted(item for item in arguments[1:] if not item.lstrip("+~").startswith(incidental))
     varied = [item.split("=")[0].lstrip("+~").replace("/", ".").split(".")[-1] for item in what if re.search(r"=.*[,(]", item)]
-    name = "-".join([*varied, _digest("\n".join(what))])
+    name = "-".join([*varied, digest("\n".join(what))])
     return [*arguments, f"hydra.sweep.dir=${{paths.output_dir}}/sweeps/{name}"]
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Returns eight hexadecimal digits that stand for a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
+import shutil
 import time
 import traceback
 from collections import Counter
@@ -19,12 +19,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from runs.directory import LAST, RESULT, first_free, write_json
-from runs.entry import INTERRUPTED, start
-from runs.identity import job_name
+from runs.entry import INTERRUPTED, sentence, start
+from runs.identity import digest, job_name
 from runs.relaunch import one_job
 from runs.search import STUDY, go_on, is_search
 
@@ -148,6 +149,13 @@ def _move_aside(path: Path) -> None:
     path.rename(kept(first_free(lambda number: kept(number).exists())))
 
 
+def _plan_of(cfg: DictConfig, state: str) -> str:
+    """Returns what will happen with a job."""
+    if cfg.sweep.fresh and state != "new":
+        return "started again, the earlier one kept"
+    return "left alone" if state == "failed" and not cfg.sweep.retry_failed else PLANS[state]
+
+
 class SweepReport(Callback):
     """Says before a sweep what will happen with each job, and after it, or at Ctrl-C, what became of them.
 
@@ -165,31 +173,45 @@ class SweepReport(Callback):
         self.directory = Path(str(config.hydra.sweep.dir))
         self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         self.planned: list[Path] = []
+        self.impossible: set[tuple[str, ...]] = set()
         if is_search(config.hydra.sweeper):
             if config.sweep.fresh and (self.directory / STUDY).exists():
                 _move_aside(self.directory / STUDY)
             # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies
             OmegaConf.save(OmegaConf.create({"hydra": {"overrides": config.hydra.overrides}}), self.directory / SWEEP)
             print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
-        elif str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+        elif str(config.hydra.sweeper._target_).endswith("GridSweeper"):
             print(f"sweep in {self.directory}", flush=True)
-            with contextlib.suppress(HydraException):  # the sweeper refuses the same combination, in one line
-                Console().print(self._plan(config))
+            Console().print(self._plan(config))
 
     def _plan(self, config: DictConfig) -> Table:
         table = Table()
         for heading in ("job", "state", "plan"):
             table.add_column(heading)
         for overrides in grid(list(config.hydra.overrides.task)):
-            cfg = compose(config.hydra.job.config_name, overrides=overrides, return_hydra_config=True)
-            HydraConfig.instance().set_config(cfg)
-            self.planned.append(self.directory / job_name(cfg))
-            state, _ = read_state(self.planned[-1])
-            plan = "started again, the earlier one kept" if cfg.sweep.fresh and state != "new" else PLANS[state]
-            if state == "failed" and not cfg.sweep.retry_failed and not cfg.sweep.fresh:
-                plan = "left alone"
+            place = self.directory / f"refused-{digest(' '.join(overrides))}"
+            try:
+                cfg = compose(config.hydra.job.config_name, overrides=overrides, return_hydra_config=True)
+                HydraConfig.instance().set_config(cfg)
+                job = job_name(cfg)
+            except (HydraException, OmegaConfBaseException) as error:
+                place.mkdir(exist_ok=True)
+                write_state(place, "failed", overrides, sentence(error))
+                self.planned.append(place)
+                self.impossible.add(tuple(overrides))
+                state, plan = "failed", "left out: it cannot be composed"
+            else:
+                shutil.rmtree(place, ignore_errors=True)  # it could not be composed once
+                self.planned.append(self.directory / job)
+                state, _ = read_state(self.planned[-1])
+                plan = _plan_of(cfg, state)
             table.add_row(" ".join(item for item in overrides if item not in config.hydra.overrides.task), state, plan)
         return table
+
+    @classmethod
+    def refused(cls, overrides: Sequence[str]) -> bool:
+        """Whether these overrides of a grid make no config."""
+        return cls.latest is not None and tuple(overrides) in cls.latest.impossible
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints what was done and what failed, with its reason."""

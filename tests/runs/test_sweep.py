@@ -281,3 +281,19 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_cut_off_and_adds_none(t
     assert again.returncode == 0, again.stderr
     assert "search: 2 of 2 trials spent (0 failed), 0 interrupted, 0 to run" in again.stdout
     assert len(list(directory.parent.glob("*/result.json"))) == 2
+
+
+def test_a_combination_that_makes_no_config_stops_no_other(tmp_path):
+    overrides = ["-m", *JOB, "model=vae,ddpm", "model/schedule=cosine", "trainer.max_epochs=1"]
+    overrides.remove("model=ddpm")
+    with_joblib = ["hydra/launcher=cores", "hydra.launcher.n_jobs=2"]
+    for launcher in ([], with_joblib):
+        done = command(*overrides, *launcher, cwd=tmp_path)
+        assert done.returncode == 1, done.stderr
+        assert "cannot be composed" in done.stdout
+        assert "1 of 2 jobs done, 1 failed" in done.stdout
+        assert "model/schedule" in done.stdout.split("failed: refused-")[1]
+    (sweep,) = sweeps(tmp_path)
+    (place,) = sweep.glob("refused-*")
+    assert json.loads((place / "job.json").read_text())["status"] == "failed"
+    assert [path.parent.name.split("-")[0] for path in sweep.glob("*/result.json")] == ["ddpm"]
