@@ -80,8 +80,8 @@ class Vitals(Callback):
         """Logs the learning rate and the gradient's norm."""
         if self._due(trainer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-            pl_module.log("train/lr", optimizer.param_groups[0]["lr"])
+            pl_module.train_row["train/grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+            pl_module.train_row["train/lr"] = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
@@ -95,9 +95,8 @@ class Vitals(Callback):
             return
         self._step = step
         elapsed = max(time.monotonic() - self._since, 1e-9)
-        logged = {"images_per_second": self._images / elapsed}
+        row = {"train/images_per_second": self._images / elapsed, "images_seen": self.images_seen}
         if pl_module.device.type == "cuda":
-            logged["memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
-        pl_module.log_dict({f"train/{name}": value for name, value in logged.items()})
-        self._log_images_seen(pl_module)
+            row["train/memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+        pl_module.train_row |= row
         self._restart()

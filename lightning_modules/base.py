@@ -32,6 +32,9 @@ def build(module_or_factory: nn.Module | Callable[..., nn.Module], **sizes: Any)
 class LikelihoodModule(LightningModule, ABC):
     """A generative model with a bound on ln p(x).
 
+    Attributes:
+        train_row: numbers that callbacks add to the next row of training metrics, by name.
+
     Args:
         image_shape: (C, H, W) of one example.
         levels: values a pixel takes, or ``None`` for continuous data, whose figures are log-densities in nats.
@@ -54,6 +57,8 @@ class LikelihoodModule(LightningModule, ABC):
         self.optimizer_factory = optimizer
         self.lr_factor = lr_scheduler or Constant()
         self.val_metric, self.test_metric = ElboMetric(), ElboMetric()
+        self.train_row: dict[str, float | Tensor] = {}
+        self._noted: list[Tensor] = []
 
     @property
     def num_dims(self) -> int:
@@ -98,13 +103,39 @@ class LikelihoodModule(LightningModule, ABC):
         return x.to(torch.promote_types(torch.float32, self.dtype))
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
-        """Minimises :meth:`objective`; logs it with the bound's terms every ``log_every_n_steps``."""
+        """Minimises :meth:`objective`; every ``log_every_n_steps`` its loss and the bound's terms go to the loggers."""
         loss, elbo = self.objective(x)
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            means = {"elbo": elbo.value, "reconstruction": elbo.reconstruction, "prior": elbo.prior, "matching": elbo.matching}
-            self._log_terms("train", {name: term.detach().mean() for name, term in means.items()}, sync_dist=True)
-            self.log("train/loss", loss.detach(), sync_dist=True)
+            self._note_terms(loss.detach(), elbo)
         return loss
+
+    def _note_terms(self, loss: Tensor, elbo: Elbo) -> None:
+        """Keeps this batch's means over all ranks, for the row that :meth:`on_train_batch_end` writes."""
+        terms = [elbo.value, elbo.reconstruction, elbo.prior, elbo.matching]
+        means = torch.stack([loss, *(term.detach().mean().to(loss.dtype) for term in terms)])
+        self._noted.append(self.trainer.strategy.reduce(means, reduce_op="mean"))
+        loss, nats = self._noted[-1][0], self._noted[-1][1]
+        self.log("train/loss", loss, logger=False)  # for callbacks
+        name, value = ("elbo", nats) if self.levels is None else ("bpd", nats_to_bits_per_dim(-nats, self.num_dims))
+        self.log(f"train/{name}", value, prog_bar=True, logger=False)
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        """Writes the row of this step, if it is one that is logged: the terms, and what callbacks added to ``train_row``.
+
+        Straight to the loggers and in one piece: ``self.log`` takes a third of a millisecond for every single number. Where
+        gradients are accumulated the terms are the means over the batches of the step.
+        """
+        trainer = self.trainer
+        if not self._noted or trainer.global_step % trainer.log_every_n_steps:
+            return
+        loss, *nats = torch.stack(self._noted).mean(0).tolist()
+        row = {"train/loss": loss, **{f"train/{name}": value for name, value in zip(TERMS, nats, strict=True)}}
+        if self.levels is not None:
+            row["train/bpd"] = nats_to_bits_per_dim(-nats[0], self.num_dims)
+        row |= {name: float(value) for name, value in self.train_row.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
+        self._noted, self.train_row = [], {}
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         """Adds the batch's terms to the running sums."""
@@ -147,9 +178,9 @@ class LikelihoodModule(LightningModule, ABC):
         terms = {name: value.float() for name, value in metric.compute().items()}
         metric.reset()
         keep = terms if stage == "test" else {name: terms[name] for name in (*TERMS, "elbo_se")}
-        self._log_terms(stage, keep, sync_dist=False)
+        self._log_terms(stage, keep)
 
-    def _log_terms(self, stage: str, nats: dict[str, Tensor], sync_dist: bool) -> None:
+    def _log_terms(self, stage: str, nats: dict[str, Tensor]) -> None:
         logged = {f"{stage}/{name}": value for name, value in nats.items()}
         headline = f"{stage}/elbo"
         if self.levels is not None:  # bits/dim counts levels: a density has none
@@ -157,8 +188,8 @@ class LikelihoodModule(LightningModule, ABC):
             logged[headline] = nats_to_bits_per_dim(-nats["elbo"], self.num_dims)
             if "elbo_se" in nats:
                 logged[f"{stage}/bpd_se"] = nats_to_bits_per_dim(nats["elbo_se"], self.num_dims)
-        self.log(headline, logged.pop(headline), prog_bar=stage != "test", sync_dist=sync_dist)
-        self.log_dict(logged, sync_dist=sync_dist)
+        self.log(headline, logged.pop(headline), prog_bar=stage == "val")
+        self.log_dict(logged)
 
     def configure_gradient_clipping(
         self,
