@@ -7,8 +7,6 @@ import os
 import hydra
 from omegaconf import DictConfig
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
-
 # torch and lightning take seconds to import: they are imported inside, so that --help and --cfg answer at once
 
 

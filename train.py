@@ -8,9 +8,6 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-# Threads that wait by spinning make a step ten times slower where cores are shared; read when torch is loaded
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 # torch and lightning take seconds to import: they are imported inside, so that --help and --cfg answer at once
 
 

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does; read when torch is loaded
-
 import torch
 
 from benchmarks import loops, unets

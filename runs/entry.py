@@ -16,6 +16,16 @@ FULL = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
+def spin_briefly() -> None:
+    """Has OpenMP's threads wait for microseconds before they sleep; torch must not be loaded yet, nor a policy be set.
+
+    GNU's library lets them spin for milliseconds, which makes steps several times slower where processes share cores. Sleeping
+    at once makes those of small models 1.7 times as slow where they do not.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def start(main: Callable[[], object]) -> None:
     """Runs a ``hydra.main`` function.
 
@@ -25,6 +35,7 @@ def start(main: Callable[[], object]) -> None:
     Args:
         main: the decorated function.
     """
+    spin_briefly()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(Path(sys.argv[0]).stem))
         return

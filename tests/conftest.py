@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py has it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes share the cores
 
 import pytest
 import torch
