@@ -170,7 +170,7 @@ def test_bf16_moves_the_figure_by_less_than_a_thousandth(model, tmp_path):
         run_here(tmp_path / name, *MODELS[model], "logger=csv", f"ckpt={checkpoint}", f"trainer.precision={precision}")
     figures = [result(tmp_path / name / "run")["metrics"]["test/bpd"] for name in ("b", "c")]
     assert figures[0] != figures[1]
-    assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+    assert figures[0] == pytest.approx(figures[1], rel=3e-4)  # 1e-3 at 3.3 bits/dim; a barely trained chain reads 12
 
 
 def test_help_is_quick_and_names_every_group(tmp_path):
