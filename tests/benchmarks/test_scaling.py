@@ -1,0 +1,161 @@
+"""The fit finds what was put in, the count is a sum by formula, and the pages say what they should."""
+
+import json
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import projection, scaling
+from benchmarks.counting import count, saved_bytes
+from benchmarks.power_law import fit, fit_above
+from benchmarks.ranks import WARM_UP, StepTimes
+from benchmarks.roofline import FAST, GPUS, SLOW, Assumed, Counted, evaluate, project, traffic
+from networks import UNet
+from networks.unet import SelfAttention, Upsample
+
+SMALL = ("experiment=ddpm_cifar10", "model.network.base_channels=8", "data.batch_size=16")
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return Counted.of("CIFAR-10", *SMALL)
+
+
+def test_the_fit_recovers_an_exact_exponent_and_its_error_covers_a_noisy_one():
+    law = fit([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)])
+    assert (law.scale, law.exponent, law(16)) == pytest.approx((3, 1.5, 192))
+    assert law.error < 1e-7
+    generator = torch.Generator().manual_seed(0)
+    x = [2.0**k for k in range(8)]
+    misses = []
+    for _ in range(200):
+        noise = 0.1 * torch.randn(8, generator=generator, dtype=torch.float64)
+        law = fit(x, [v**0.7 * e for v, e in zip(x, noise.exp().tolist(), strict=True)])
+        misses.append((law.exponent - 0.7) / law.error)
+    assert torch.tensor(misses).square().mean().sqrt() == pytest.approx(1.22, abs=0.3)  # of Student's t with 6 degrees
+    with pytest.raises(ValueError, match="two or more positive points"):
+        fit([1, 2], [0, 1])
+
+
+def test_a_fixed_cost_is_told_from_what_grows():
+    x = [1, 2, 4, 8, 16, 32, 64]
+    law = fit_above(x, [5 + 0.5 * v**1.2 for v in x])
+    assert (law.fixed, law.scale, law.exponent) == pytest.approx((5, 0.5, 1.2), rel=1e-4)
+    law = fit_above(x, [2 * v**0.9 for v in x])
+    assert law.exponent == pytest.approx(0.9, abs=1e-3)
+    assert law.fixed < 0.01
+    assert fit_above(x, [3.0] * 7) is None  # nothing grows
+    assert fit_above(x[:4], x[:4]) is None
+
+
+def by_formula(network, side, transposed):
+    """FLOPs of one image through a U-Net: 2 · outputs · inputs for each output number of each layer."""
+    total, size = 0, {}
+
+    def see(module, args, out):
+        nonlocal total
+        if isinstance(module, Upsample):  # 16 products a pixel of the input, or 9 a pixel of the output
+            pixels = out.shape[-1] ** 2
+            total += 2 * pixels * module.in_channels * module.out_channels * (4 if transposed else 9)
+        elif isinstance(module, nn.Conv2d):
+            total += 2 * out.shape[-1] ** 2 * module.in_channels * module.out_channels * module.kernel_size[0] ** 2
+        elif isinstance(module, nn.Linear):
+            total += 2 * module.in_features * module.out_features
+        elif isinstance(module, SelfAttention):
+            size[module] = 2 * 2 * out.shape[-1] ** 4 * out.shape[1]  # q k^T, and its product with v
+
+    hooks = [module.register_forward_hook(see) for module in network.modules()]
+    network(torch.zeros(1, 3, side, side, device="meta"), torch.ones(1, dtype=torch.int64, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return total, sum(size.values())
+
+
+@pytest.mark.parametrize("width", [8, 128])
+def test_flops_of_a_network_call_are_the_layers_by_formula(width):
+    network = UNet((3, 32, 32), base_channels=width, dropout=0.1).to("meta")
+    x, t = torch.zeros(2, 3, 32, 32, device="meta"), torch.ones(2, dtype=torch.int64, device="meta")
+    layers, attention = by_formula(network, 32, transposed=True)
+    assert count(partial(network, x, t)).flops == 2 * (layers + attention)
+    if width == 128:  # Fang et al. (2023) count 6.1 G multiply-adds of this network's layers as they are written
+        written, _ = by_formula(network, 32, transposed=False)
+        assert written / 2 == pytest.approx(6.1e9, rel=0.01)
+
+
+def test_of_one_convolution_everything_is_counted_by_hand():
+    layer = nn.Conv2d(4, 8, 3, padding=1).to("meta")
+    x = torch.zeros(2, 4, 16, 16, device="meta", requires_grad=True)
+    once = 2 * 2 * 16 * 16 * 4 * 8 * 9
+    assert count(lambda: layer(x)).flops == once
+    work = count(lambda: torch.relu(layer(x)).view(-1))  # the view costs nothing
+    assert (work.launches, work.operands, work.bytes_moved) == (2, 3, 2 * 4 * 2 * 8 * 16 * 16)
+    assert count(lambda: layer(x).sum().backward()).flops == 3 * once
+    assert saved_bytes(lambda: torch.relu(layer(x)), layer.parameters()) == 4 * (x.numel() + 2 * 8 * 16 * 16)
+
+
+def test_a_step_is_three_calls_and_grows_with_its_rows(recipe):
+    stem = 2 * 32 * 32 * 3 * 8 * 9  # whose input needs no gradient
+    time = 2 * 8 * 32  # nor does the first layer of the time's
+    assert recipe.step(2, 2).flops == 2 * (3 * recipe.call(1).flops - stem - time)
+    assert recipe.step(4, 4).flops == 2 * recipe.step(2, 2).flops
+    assert recipe.step(4, 4).launches == recipe.step(2, 2).launches
+    assert recipe.step(2, 16).flops == recipe.step(2, 2).flops
+    assert recipe.step(2, 16).bytes_moved > recipe.step(2, 2).bytes_moved  # random numbers are drawn for the whole batch
+    parameters = sum(parameter.numel() for parameter in UNet((3, 32, 32), base_channels=8).parameters())
+    assert (recipe.parameters, recipe.batch, recipe.num_steps, recipe.calls) == (parameters, 16, 1000, 32)
+
+
+def test_the_projection_is_what_the_page_says_it_is(recipe):
+    gpu, work = GPUS[0], recipe.step(8, 16)
+    times = project(recipe, gpu, 2, FAST)
+    assert times.flops == pytest.approx(work.flops / (0.4 * 312e12))
+    moved = work.bytes_moved / 2 + 13 * 4 * recipe.parameters
+    assert times.bandwidth == pytest.approx(moved / (0.8 * 2.039e12))
+    assert times.all_reduce == pytest.approx(4 * recipe.parameters / (0.8 * 300e9))
+    assert times.step == times.launches == pytest.approx(5e-6 * work.launches)
+    assert times.limit == "launches"
+    no_launches = Assumed(1e-6, 1, 0, 1, 1, 0.0, 1e9)
+    assert project(recipe, gpu, 1, no_launches).limit == "FLOPs"
+    assert project(recipe, gpu, 1, Assumed(1, 1, 0, 1, 1, 0.0, 1.0)).limit == "data"
+    assert traffic(100, 1) == 0
+    assert evaluate(recipe, gpu, 1, SLOW, 1000, 64, 64) == pytest.approx(31.25 * evaluate(recipe, gpu, 1, SLOW, 32, 64, 64))
+
+
+def test_the_page_of_projections(recipe):
+    text = projection.document([recipe])
+    for part in ("None of this has been run on a GPU", "A100 80GB SXM", "8 × H100 SXM", "exact sum, 10,000 test images",
+                 "1,000 × 10,000", "32 × 10,000", "launches", "data sheets"):  # fmt: skip
+        assert part in text
+    assert all(len(line) <= 128 for line in text.splitlines() if not line.startswith("|"))
+
+
+def test_the_committed_pages_are_these_scripts(request):
+    docs = request.config.rootpath / "docs"
+    page = (docs / "projection.md").read_text()
+    assert page.startswith(projection.INTRODUCTION)
+    assert "35,746,307 parameters" in page
+    assert {line.split(":")[0] for line in (docs / "scaling.md").read_text().splitlines() if line.startswith("| ")} >= {
+        f"| {series.name}" for series in scaling.all_series(False)
+    } | {"| ranks"}
+    assert "(scaling.md)" in (docs / "scale.md").read_text()
+
+
+def test_quick_runs_and_writes_page_and_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scaling", "--quick", "--out", str(tmp_path)])
+    scaling.main()
+    text = (tmp_path / "scaling.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| MHVAE depth: T | 1 | 2 |" in text
+    assert (tmp_path / "images" / "scaling.png").stat().st_size > 10_000
+
+
+def test_a_rank_writes_the_median_of_its_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    times = StepTimes()
+    times.starts = [100.0 * k for k in range(WARM_UP)] + [1000.0, 1001.0, 1003.0, 1010.0]
+    times.on_train_end(SimpleNamespace(is_global_zero=True), None)
+    assert json.loads((tmp_path / "step_seconds.json").read_text()) == 2.0
