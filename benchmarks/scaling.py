@@ -8,7 +8,6 @@ memory this is exact and the same on every run; what it leaves out (temporaries)
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
@@ -17,11 +16,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import ranks
+from benchmarks.memory import STATUS, resident_peak
 from benchmarks.paired import timed
 from benchmarks.scaling_cases import Series, TrainingStep, all_series, ddpm
 from benchmarks.scaling_page import PEAK_BATCH, Curve, document, draw
-
-STATUS = Path("/proc/self/status")  # Linux
 
 
 def measure(series: Series, rounds: int) -> Curve:
@@ -64,16 +62,11 @@ def peak(batch: int) -> tuple[float, float] | None:
 
 
 def _peak_here(batch: int) -> None:
-    before = _resident_peak()
+    before = resident_peak()
     step = TrainingStep(ddpm(16), batch)
     step(), step()
-    risen = _resident_peak() - before
+    risen = resident_peak() - before
     print(step.memory() / 2**20, risen)
-
-
-def _resident_peak() -> float:
-    """MiB. Not getrusage's figure: that begins with the peak of the process that started this one."""
-    return float(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) / 1024
 
 
 def main() -> None:

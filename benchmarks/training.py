@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.jobs import Job, Turns
+from benchmarks.memory import resident_peak
 from benchmarks.paired import Pairs, Row, in_turns
 from benchmarks.small_unets import RandomPictures, small_ddpm
 from losses.elbo import nats_to_bits_per_dim
@@ -87,13 +87,13 @@ def memory(rounds: int) -> list[Row]:
             command = [sys.executable, "-m", "benchmarks.training", kind]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             into.append(float(done.stdout.split()[-1]) / 1e3)
-    text = "{ours} and {theirs} MB at the peak, above what the imports take"
+    text = "{ours} and {theirs} MiB at the peak, above what the imports take"
     return [Pairs(ours, theirs).row("memory of a training step, U-Net, batch 64", "raw loop", 1.05, True, text)]
 
 
 def _peak_memory(kind: str) -> float:
-    """Returns the peak of this process in MB above what stood before data and model were made."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Returns the peak of this process in MiB above what stood before data and model were made."""
+    before = resident_peak()
     with tempfile.TemporaryDirectory() as folder:
         data = RandomPictures(4 * 64, 64)
         job = Job.build(Path(folder), *FOR_UNET, "trainer.max_epochs=1", data=data, model=small_ddpm())
@@ -101,7 +101,7 @@ def _peak_memory(kind: str) -> float:
             job.raw_loop(job.model)(4)
         else:
             job.run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident_peak() - before
 
 
 if __name__ == "__main__":
