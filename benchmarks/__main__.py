@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def benches(checkout: Path | None) -> dict[str, Callable[[int], list[Row]]]:
     }
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Returns what the figures depend on."""
     model = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
@@ -52,6 +53,17 @@ def machine() -> dict[str, object]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return {"processor": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions}
+
+
+def _heading(machine: dict[str, Any], rounds: int) -> list[str]:
+    """Returns what stands above the table in its file."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return [
+        f"Medians of {rounds} pairs timed in turns, `python -m benchmarks`; ratios are ours/theirs where they should be small and",
+        f"theirs/ours where they should be large. {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads;",
+        f"{versions}.",
+        "",
+    ]
 
 
 def run(parts: dict[str, Callable[[int], list[Row]]], rounds: int) -> tuple[list[Row], dict[str, str]]:
@@ -98,7 +110,7 @@ def main() -> None:
     path = settings.out / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}.json"
     record = {"machine": machine(), "rounds": settings.rounds, "rows": [row.record() for row in rows], "left_out": missing}
     write_json(path, json.loads(json.dumps(record)))
-    path.with_suffix(".md").write_text("\n".join([*text, ""]))
+    path.with_suffix(".md").write_text("\n".join([*_heading(record["machine"], settings.rounds), *text, ""]))
     print(f"wrote {path} and .md")
 
 

@@ -83,7 +83,7 @@ def _equal_blocks(rounds: int, theirs: nn.Module, call: Callable, name: str) -> 
 def lucidrains(rounds: int) -> list[Row]:
     """Against denoising-diffusion-pytorch's Unet(dim=32, dim_mults=(1, 2, 2, 2)), which differs in its blocks.
 
-    It has linear attention at every level and full attention at the last; ours has full attention at 16x16, and in a second row
+    It has linear attention at every level and full attention at the last; ours has full attention at 16x16, and in the last row
     at the last level, as theirs.
     """
     if find_spec("denoising_diffusion_pytorch") is None:
@@ -92,11 +92,11 @@ def lucidrains(rounds: int) -> list[Row]:
 
     theirs = Unet(dim=32, dim_mults=BLOCKS["channel_multipliers"])
     rows = []
-    for height in (16, 4):
+    for height, batch in ((16, BATCH), (16, 4 * BATCH), (4, BATCH)):
         ours = UNet(SHAPE, base_channels=32, dropout=0.0, **{**BLOCKS, "attention_resolutions": (height,)})
-        pairs = in_turns(unet_step(ours, BATCH, output), unet_step(theirs, BATCH, output), rounds)
+        pairs = in_turns(unet_step(ours, batch, output), unet_step(theirs, batch, output), rounds)
         against = f"denoising-diffusion-pytorch, dim 32 ({parameters(theirs):,})"
-        name = f"U-Net training step, {parameters(ours):,} parameters, attention at {height}x{height}"
+        name = f"U-Net training step, {parameters(ours):,} parameters, batch {batch}, attention at {height}x{height}"
         rows.append(pairs.row(name, against, 1.4, False, TEXT))
     return rows
 
