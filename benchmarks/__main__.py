@@ -59,9 +59,9 @@ def _heading(machine: dict[str, Any], rounds: int) -> list[str]:
     """Returns what stands above the table in its file."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return [
-        f"Medians of {rounds} pairs timed in turns, `python -m benchmarks`; ratios are ours/theirs where they should be small and",
-        f"theirs/ours where they should be large. {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads;",
-        f"{versions}.",
+        f"Medians of {rounds} pairs, timed in turns by `python -m benchmarks`; ratios are ours/theirs where small is good,",
+        f"and theirs/ours where large is. {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads; {versions}.",
         "",
     ]
 
