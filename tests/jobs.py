@@ -9,11 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from benchmarks.jobs import ROOT, configure
 
-ROOT = Path(__file__).parents[1]
+__all__ = ["QUICK", "ROOT", "SMALL_DDPM", "command", "configure", "heed_ctrl_c", "result", "run_here"]
 QUICK = (
     "trainer.accelerator=cpu",
     "trainer.devices=1",
@@ -23,20 +21,6 @@ QUICK = (
     "callbacks.pictures.num=4",
 )
 SMALL_DDPM = ("model=ddpm", "model.num_steps=8", "model.network.hidden_dim=32")
-
-
-def configure(directory: Path, *overrides: str):
-    """Composes a job as ``train.py`` would, its run directory in ``directory``."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", [f"paths.output_dir={directory}", *overrides], return_hydra_config=True)
-    run_directory = directory / "run"
-    run_directory.mkdir(parents=True, exist_ok=True)
-    with open_dict(cfg):
-        cfg.hydra.runtime.output_dir = str(run_directory)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg
 
 
 def run_here(directory: Path, *overrides: str) -> float:
