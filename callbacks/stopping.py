@@ -65,6 +65,16 @@ class StopTogether(Checkpoint):
         if self._agreed:
             trainer._signal_connector.received_sigterm = True  # looked at behind this batch, on every rank
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets a validation that is due behind the agreed batch end: cut short, it would leave the checkpoint before it."""
+        if self._agreed:
+            trainer._signal_connector.received_sigterm = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops behind it."""
+        if self._agreed:
+            trainer._signal_connector.received_sigterm = True
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what is sharded, and puts a job of SLURM back in the queue."""
         if not self._agreed:

@@ -11,7 +11,7 @@ import torch
 from tests.jobs import QUICK, ROOT
 
 
-def tasks(tmp_path, port):
+def tasks(tmp_path, port, *overrides):
     """Starts both tasks of job 4242, which would train for ever."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
@@ -25,7 +25,7 @@ def tasks(tmp_path, port):
     command = [
         sys.executable, str(ROOT / "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true",
         "trainer.devices=2", *QUICK[3:], "model=vae", "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16",
-        "logger=csv", "model/lr_scheduler=constant", "hydra.run.dir=here", "ckpt=auto", "trainer.max_epochs=1000000",
+        "logger=csv", "model/lr_scheduler=constant", "hydra.run.dir=here", "ckpt=auto", "trainer.max_epochs=1000000", *overrides,
     ]  # fmt: skip
     return [
         subprocess.Popen(
@@ -68,3 +68,16 @@ def test_a_job_is_requeued_from_where_it_was_and_stops_where_all_ranks_are(tmp_p
     assert last > step
     assert f"interrupted at step {last};" in said[0]
     assert (tmp_path / "told").read_text() == "requeue 4242\n"
+
+
+def test_a_validation_that_is_due_ends_and_is_kept_before_the_job_stops(tmp_path):
+    checkpoint = tmp_path / "here" / "checkpoints" / "last.ckpt"
+    both = tasks(tmp_path, 20000 + (os.getpid() + 1) % 20000, "trainer.log_every_n_steps=11")  # the ends of epochs
+    wait_for(checkpoint)
+    for process in both:
+        process.send_signal(signal.SIGUSR1)
+    said = [process.communicate(timeout=60)[0] for process in both]
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert step % 11 == 0
+    assert f"put back in the queue at step {step}\n" in said[0]
+    assert f"interrupted at step {step};" in said[0]
