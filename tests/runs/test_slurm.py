@@ -25,7 +25,8 @@ def tasks(tmp_path, port, *overrides):
     command = [
         sys.executable, str(ROOT / "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true",
         "trainer.devices=2", *QUICK[3:], "model=vae", "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16",
-        "logger=csv", "model/lr_scheduler=constant", "hydra.run.dir=here", "ckpt=auto", "trainer.max_epochs=1000000", *overrides,
+        "logger=csv", "model/lr_scheduler=constant", "hydra.run.dir=here", "ckpt=auto", "trainer.max_epochs=1000000",
+        *overrides,
     ]  # fmt: skip
     return [
         subprocess.Popen(
