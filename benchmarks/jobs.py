@@ -13,12 +13,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from benchmarks.paired import Pairs, timed
-from callbacks.progress import LineProgress
+from callbacks.progress import LineProgress, LiveProgress
 from datamodules.base import ImageDataModule
 from lightning_modules import LikelihoodModule
 from loggers import finish_wandb
@@ -104,7 +103,7 @@ class Job:
         trainer = build_trainer(self.cfg, plain(self.cfg), self.directory)
         for place, callback in enumerate(trainer.callbacks):
             if isinstance(callback, LineProgress):  # what a terminal would get, drawn to nowhere
-                bar = RichProgressBar(refresh_rate=10, console_kwargs={"file": io.StringIO(), "force_terminal": True})
+                bar = LiveProgress(refresh_rate=10, console_kwargs={"file": io.StringIO(), "force_terminal": True})
                 trainer.callbacks[place] = bar
         trainer.callbacks[-1:-1] = callbacks  # the checkpoint stays last
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -48,12 +49,27 @@ class LineProgress(ProgressBar):
         )
 
 
+class LiveProgress(RichProgressBar):
+    """Rich's bar. It gathers what it shows as often as it is drawn, where Lightning's does behind every batch."""
+
+    _gathered = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar, if it is drawn again by now or the epoch ends."""
+        now = time.monotonic()
+        if (now - self._gathered) * self.refresh_rate >= 1 or batch_idx + 1 == self.total_train_batches:
+            self._gathered = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
 def progress_bar(refresh_rate: int = 10) -> ProgressBar:
-    """Returns Rich's progress bar on a terminal, and :class:`LineProgress` elsewhere.
+    """Returns :class:`LiveProgress` on a terminal, and :class:`LineProgress` elsewhere.
 
     Args:
-        refresh_rate: batches between two updates of the bar.
+        refresh_rate: how often the bar is drawn, times a second.
     """
     if not sys.stdout.isatty():
         return LineProgress()
-    return RichProgressBar(refresh_rate=refresh_rate, theme=RichProgressBarTheme(metrics_format=".3f"))
+    return LiveProgress(refresh_rate=refresh_rate, theme=RichProgressBarTheme(metrics_format=".3f"))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.elementary import log1mexp, log_sigmoid
+from losses.elementary import log1mexp
 from losses.gaussian import DiagGaussian, full_precision, sum_except_batch
 
 
@@ -91,7 +91,7 @@ class Bernoulli:
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x), nats: (B, C, H, W), (B, C, H, W) -> (B,)."""
         logits = full_precision(params)
-        return sum_except_batch(log_sigmoid(logits * to_unit(x, 2).to(logits.dtype)))  # 1 - sigmoid(l) = sigmoid(-l)
+        return sum_except_batch(F.logsigmoid(logits * to_unit(x, 2).to(logits.dtype)))  # 1 - sigmoid(l) = sigmoid(-l)
 
     def mean(self, params: Tensor) -> Tensor:
         """Returns 1 where P(x = 1) > 1/2: uint8 (B, C, H, W)."""
@@ -202,11 +202,11 @@ class DiscretizedLogistic(_Discretized):
     """Logistic(mean, scale) integrated over each level's bin (Salimans et al. 2017). Params: mean, ln scale."""
 
     def _log_cdf(self, z: Tensor) -> Tensor:
-        return log_sigmoid(z)
+        return F.logsigmoid(z)
 
     def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
         # F(b) - F(a) = F(b) F(-a) (1 - e^{a-b}) for the logistic function: no cancellation anywhere
-        return log_sigmoid(upper) + log_sigmoid(-lower) + log1mexp(lower - upper)
+        return F.logsigmoid(upper) + F.logsigmoid(-lower) + log1mexp(lower - upper)
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.logit(torch.rand_like(like).clamp(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps))

@@ -1,6 +1,7 @@
 """What a training step must not do on a device: wait for it, place anything by name, or use other weights from step to step."""
 
 import ast
+import math
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import EMA, SeededBatches, Vitals
 from lightning_modules import LikelihoodModule
+from lightning_modules.base import clip_norm
 from losses.draws import Own, own_generators, seeded
 from runs.build import build_part
 from runs.devices import make_trainer
@@ -56,7 +58,7 @@ def test_a_step_reads_nothing_from_the_device(model):
     for _ in at_each_end(model):
         loss, elbo = model.objective(batch(model).to("meta"))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_norm(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         assert loss.device == elbo.value.device == torch.device("meta")
@@ -95,7 +97,11 @@ class TraceSteps(Callback):
 
 @pytest.mark.parametrize("name", ["vae", "mhvae, markov", "ddpm, elbo"])
 def test_lightnings_step_reads_nothing_either_away_from_logging(name, tmp_path):
-    """Averages, clipping, seeding, learning rates and vitals included. DDPM looks for t = 1 among its t, drawn on the host."""
+    """Averages, clipping, seeding, learning rates and vitals included.
+
+    What lies on the CPU may be looked at: the gradient's norm here, and the t of DDPM, which are drawn there, for t = 1. The
+    test on the meta device covers both.
+    """
     cfg = configure(tmp_path, *MODELS[name])
     traced = TraceSteps()
     trainer = make_trainer(
@@ -106,8 +112,20 @@ def test_lightnings_step_reads_nothing_either_away_from_logging(name, tmp_path):
     )  # fmt: skip
     trainer.fit(build_part(cfg.model), build_part(cfg.data))
     assert len(traced.steps) == 7
-    allowed = {"nonzero": 1} if name.startswith("ddpm") else {}
+    allowed = {"_local_scalar_dense": 1} | ({"nonzero": 1} if name.startswith("ddpm") else {})
     assert [step for step in traced.steps if step != allowed] == []
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0, math.inf, math.nan])
+def test_gradients_are_clipped_as_torch_clips_them(scale):
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2)) for _ in range(2))
+    for mine, other in zip(list(ours.parameters())[1:], list(theirs.parameters())[1:], strict=True):  # the first has none
+        mine.grad = scale * torch.randn_like(mine)
+        other.grad = mine.grad.clone()
+    clip_norm(ours.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_every_step_uses_every_parameter_once_whatever_t_it_draws(model):
