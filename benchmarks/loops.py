@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.paired import Row, in_turns
 from benchmarks.small_unets import small_ddpm
-from diffusion import Epsilon, cosine, linear
+from diffusion import Epsilon, ancestral, cosine, ddim, linear
+from diffusion.samplers import Move
 from evaluation.rows import Rows, gather
 from lightning_modules import DDPMLightningModule
 from networks import UNet
@@ -87,30 +89,41 @@ def outside(rounds: int) -> list[Row]:
 
 
 def sampler_step(rounds: int) -> list[Row]:
-    """One ancestral step around a given prediction, against diffusers' DDPMScheduler."""
-    from diffusers import DDPMScheduler
+    """One step around a given prediction of the noise, x̂_0 clamped, against diffusers' schedulers; then torch.randn alone."""
+    from diffusers import DDIMScheduler, DDPMScheduler
 
     process, epsilon = small_ddpm().process, Epsilon()
-    scheduler = DDPMScheduler(1000, clip_sample=True)
-    scheduler.set_timesteps(1000)
+    schedulers = {"ancestral": DDPMScheduler(1000, clip_sample=True), "DDIM": DDIMScheduler(1000, clip_sample=True)}
+    moves = {"ancestral": ancestral(process)[499], "DDIM": ddim(process)[25]}
 
-    def ours(x: Tensor, noise: Tensor) -> None:
-        t = torch.full((len(x),), 500)
+    def ours(move: Move, x: Tensor, noise: Tensor) -> None:
         for _ in range(CALLS):
-            process.reverse(noise, x, t, epsilon, clip=True).sample()
+            t = torch.full((len(x),), move.t)
+            move(epsilon.x0(noise, x, t, process), x, clip=True)
 
-    def theirs(x: Tensor, noise: Tensor) -> None:
+    def theirs(scheduler: DDPMScheduler | DDIMScheduler, x: Tensor, noise: Tensor) -> None:
         for _ in range(CALLS):
             _ = scheduler.step(noise, 500, x).prev_sample
 
     found = []
-    for shape in ((1, 3, 32, 32), (64, 3, 32, 32)):
-        x, noise = torch.randn(shape), torch.randn(shape)
-        with torch.inference_mode():
-            pairs = in_turns(partial(ours, x, noise), partial(theirs, x, noise), rounds)
-        name = f"ancestral step, {'x'.join(map(str, shape))}"
-        found.append(pairs.row(name, "diffusers DDPMScheduler", 0.55, True, "{ours} and {theirs} µs", work=1e3 / CALLS))
+    for name, scheduler in schedulers.items():
+        scheduler.set_timesteps(1000 if name == "ancestral" else 50)
+        for shape in ((1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32)):
+            x, noise = torch.randn(shape), torch.randn(shape)
+            with torch.inference_mode():
+                pairs = in_turns(partial(ours, moves[name], x, noise), partial(theirs, scheduler, x, noise), rounds)
+                draws = in_turns(partial(_randn, shape), partial(_randn, shape), 3) if name == "ancestral" else None
+            text = "{ours} and {theirs} µs"
+            if draws is not None:  # what a step cannot take less than
+                text += f", of which torch.randn {1e6 / CALLS * statistics.median(draws.ours):.4g}"
+            label = f"{name} step, {'x'.join(map(str, shape))}"
+            found.append(pairs.row(label, f"diffusers {type(scheduler).__name__}", 0.55, True, text, work=1e3 / CALLS))
     return found
+
+
+def _randn(shape: tuple[int, ...]) -> None:
+    for _ in range(CALLS):
+        torch.randn(shape)
 
 
 def benches(checkout: Path | None) -> dict[str, Callable[[int], list[Row]]]:

@@ -48,9 +48,9 @@ class Epsilon(Parameterization):
 
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
         """See :meth:`Parameterization.x0`."""
-        return (x_t - process.at(process.noise_std, t, x_t) * self.epsilon(output, x_t, t, process)) / process.at(
-            process.sqrt_alpha_bar, t, x_t
-        )
+        noise = self.epsilon(output, x_t, t, process)
+        signal = torch.addcmul(x_t, process.at(process.noise_std, t, x_t), noise, value=-1)
+        return signal.div_(process.at(process.sqrt_alpha_bar, t, x_t))
 
     def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
         """Returns the output itself, in float32 or better: (B, C, H, W)."""

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import GaussianDiffusion, Parameterization, elbo, low_discrepancy, small
+from diffusion import GaussianDiffusion, Parameterization, ancestral, elbo, low_discrepancy, small
 from diffusion.control import Control
+from diffusion.samplers import Move
 from diffusion.step_profile import StepProfile, draw_steps
 from diffusion.weightings import StepTerms
 from lightning_modules.base import LikelihoodModule, build
@@ -58,6 +59,7 @@ class DDPMLightningModule(LikelihoodModule):
         timestep_sampler: (batch size, T, device) -> t, each uniform on 1..T.
         val_calls: network calls for each image in validation, ``None`` for all T. Fewer draw t by importance.
         test_calls: the same for the test set.
+        sampler: chain -> the moves that :meth:`sample` makes, :func:`diffusion.ancestral` or a partial :func:`diffusion.ddim`.
         **settings: see :class:`LikelihoodModule`.
     """
 
@@ -72,6 +74,7 @@ class DDPMLightningModule(LikelihoodModule):
         timestep_sampler: Callable[[int, int, torch.device], Tensor] = low_discrepancy,
         val_calls: int | None = 8,
         test_calls: int | None = None,
+        sampler: Callable[[GaussianDiffusion], list[Move]] = ancestral,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
@@ -83,6 +86,8 @@ class DDPMLightningModule(LikelihoodModule):
         self.likelihood = parameterization.likelihood(self.levels)
         self.process = GaussianDiffusion(schedule(num_steps), variance)
         self.parameterization, self.weighting, self.timestep_sampler = parameterization, weighting, timestep_sampler
+        self.sampler = sampler
+        sampler(self.process)  # refuses what does not suit it
         self.calls = {"val": val_calls, "test": test_calls}
         self.clip = self.levels is not None  # x̂_0 of pixels lies in [-1, 1]: in evaluation and sampling alike, not in training
         self.network = build(network, image_shape=self.image_shape, outputs_per_channel=parameterization.outputs_per_channel)
@@ -181,11 +186,15 @@ class DDPMLightningModule(LikelihoodModule):
         return loss.mean() / self.num_dims, Elbo(self.num_steps * reconstruction, prior, self.num_steps * matching)
 
     def sample(self, num: int, mean: bool = False) -> Tensor:
-        """Draws by the reverse chain from x_T ~ N(0, I), x̂_0 clamped as in the bound (Ho et al. 2020, algorithm 2)."""
+        """Draws from x_T ~ N(0, I) down to x_1 by the sampler's moves, x̂_0 clamped as in the bound, then from p_θ(x_0|x_1).
+
+        The bound is the one of the ancestral sampler's images; another sampler's have none.
+        """
         x_t = torch.randn(num, *self.image_shape, device=self.device)
-        for step in range(self.num_steps, 1, -1):
-            t = torch.full((num,), step, device=self.device)
-            x_t = self.process.reverse(self.network(x_t, t), x_t, t, self.parameterization, self.clip).sample()
+        for move in self.sampler(self.process):
+            t = torch.full((num,), move.t, device=self.device)
+            x0_hat = self.parameterization.x0(self.network(x_t, t), x_t, t, self.process)
+            x_t = move(x0_hat, x_t, self.clip)
         output = self.network(x_t, torch.ones(num, dtype=torch.int64, device=self.device))
         params = self.parameterization.likelihood_params(output, x_t, self.process, self.clip)
         return self.likelihood.mean(params) if mean else self.likelihood.sample(params)

@@ -114,7 +114,7 @@ def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None
     Raises:
         SettingError: naming the first setting that differs.
     """
-    free = {"optimizer", "lr_scheduler", "val_calls", "test_calls", "beta", "weighting", "timestep_sampler"}
+    free = {"optimizer", "lr_scheduler", "val_calls", "test_calls", "beta", "weighting", "timestep_sampler", "sampler"}
     for key, here in flatten({k: v for k, v in ours["model"].items() if k not in free}, "model"):
         there = dict(flatten(theirs["model"], "model")).get(key)
         if there != here and not key.endswith(".checkpoint_activations"):

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -185,6 +186,28 @@ def test_the_chain_samples_the_data_that_its_predictor_knows():
     samples = model.sample(20_000)
     assert samples.var().item() == pytest.approx(s2, rel=0.05)
     assert isinstance(model.likelihood, Gaussian)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_draws_what_its_moves_make_of_a_linear_predictor_in_fewer_calls(eta):
+    """x_s is then linear in x_t too, so its variance is known; with η = 0 it is close to the data's."""
+    s2, calls = 0.25, []
+    model = linear_model(diffusion.cosine(200), s2)
+    model.sampler = partial(diffusion.ddim, num_steps=40, eta=eta)
+    model.network.register_forward_hook(lambda *_: calls.append(1))
+    samples = model.sample(20_000)
+    assert len(calls) == 40
+    variance, bar = 1.0, model.process.alpha_bar.tolist()
+
+    def shrink(t):  # x̂_0 / x_t
+        return bar[t] ** 0.5 * s2 / (bar[t] * s2 + 1 - bar[t])
+
+    for move in model.sampler(model.process):
+        variance = (move.x0 * shrink(move.t) + move.xt) ** 2 * variance + move.std**2
+    variance = shrink(1) ** 2 * variance + model.process.log_reverse_std[1].exp().item() ** 2
+    assert samples.var().item() == pytest.approx(variance, rel=0.04)  # 4 standard errors
+    if eta == 0:
+        assert variance == pytest.approx(s2, rel=0.1)
 
 
 def test_pixels_are_scored_with_the_clamp_that_sampling_has():

@@ -20,6 +20,7 @@ OWNER = {  # the model that a nested group belongs to, and what else its choices
     "variance": ["model=ddpm"],
     "weighting": ["model=ddpm"],
     "timestep_sampler": ["model=ddpm"],
+    "sampler": ["model=ddpm"],
     "posterior": ["model=mhvae"],
     "transition": ["model=mhvae"],
 }
