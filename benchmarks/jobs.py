@@ -103,7 +103,7 @@ class Job:
         trainer = build_trainer(self.cfg, plain(self.cfg), self.directory)
         for place, callback in enumerate(trainer.callbacks):
             if isinstance(callback, LineProgress):  # what a terminal would get, drawn to nowhere
-                bar = LiveProgress(refresh_rate=10, console_kwargs={"file": io.StringIO(), "force_terminal": True})
+                bar = LiveProgress(console_kwargs={"file": io.StringIO(), "force_terminal": True})
                 trainer.callbacks[place] = bar
         trainer.callbacks[-1:-1] = callbacks  # the checkpoint stays last
         try:
