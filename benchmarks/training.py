@@ -32,6 +32,7 @@ def vae_step(rounds: int) -> list[Row]:
 
 def unet_step(rounds: int) -> list[Row]:
     """The small U-Net on 3x32x32, step by step; metrics are logged and checkpoints written every 20 steps, which is often."""
+    rounds = 3 * rounds  # what is looked for is smaller than the noise of a turn
     with tempfile.TemporaryDirectory() as folder:
         data = RandomPictures(20 * UNET_BATCH, UNET_BATCH)
         epochs = f"trainer.max_epochs={(rounds + 2) * UNET_STEPS // 20 + 1}"

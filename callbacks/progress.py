@@ -50,24 +50,25 @@ class LineProgress(ProgressBar):
 
 
 class LiveProgress(RichProgressBar):
-    """Rich's bar. It gathers what it shows as often as it is drawn, where Lightning's does behind every batch.
+    """Rich's bar, moved once in a while, where Lightning's gathers figures behind every batch and is drawn as often as it can.
 
     Args:
-        refresh_rate: how often the bar is drawn, times a second; each time takes some 3 ms of one core.
+        seconds: the shortest time between two moves in training; each takes some 3 ms of one core.
         **settings: of Lightning's bar.
     """
 
-    def __init__(self, refresh_rate: int = 1, **settings: Any) -> None:
-        super().__init__(refresh_rate=refresh_rate, theme=RichProgressBarTheme(metrics_format=".3f"), **settings)
-        self._gathered = 0.0
+    def __init__(self, seconds: float = 1.0, **settings: Any) -> None:
+        # a refresh_rate of 1 would do, but its thread sleeps for as long when it is asked to end
+        super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_format=".3f"), **settings)
+        self.seconds, self._moved = seconds, 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the bar, if it is drawn again by now or the epoch ends."""
+        """Moves the bar, if it is time to or the epoch ends."""
         now = time.monotonic()
-        if (now - self._gathered) * self.refresh_rate >= 1 or batch_idx + 1 == self.total_train_batches:
-            self._gathered = now
+        if now - self._moved >= self.seconds or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._moved = now
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 

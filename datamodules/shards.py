@@ -7,6 +7,7 @@ that failed is an error that can be reported, where a mapped page would end the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -154,11 +155,13 @@ class ShardedImages:
 
     def read_ahead(self, first: int, stop: int) -> None:
         """Asks the system to fetch images ``first`` to ``stop`` (exclusive) in one go, before they are read one by one."""
-        if hasattr(os, "posix_fadvise"):  # macOS has none
-            (one, other), (start, end) = self._find(torch.tensor([first, stop - 1]))
-            end += self.image_bytes
-            for place in range(one, other + 1):
-                low, high = start if place == one else 0, end if place == other else int(self.sizes[place])
+        if not hasattr(os, "posix_fadvise"):  # macOS has none
+            return
+        (one, other), (start, end) = self._find(torch.tensor([first, stop - 1]))
+        end += self.image_bytes
+        for place in range(one, other + 1):
+            low, high = start if place == one else 0, end if place == other else int(self.sizes[place])
+            with contextlib.suppress(OSError):  # whoever reads the images says what is wrong
                 os.posix_fadvise(self._file(place).fileno(), low, high - low, os.POSIX_FADV_WILLNEED)
 
     def verify(self) -> None:

@@ -130,11 +130,12 @@ class StreamDataModule(ImageDataModule):
         self.prefetch = at_least("data.prefetch", prefetch, 1)
 
     def prepare_data(self) -> None:
-        """Compares checksums, if that is wished for; Lightning calls it on one rank only."""
+        """Compares checksums, if that is wished for; Lightning calls it on one rank of each node, more than once."""
         if self.verify:
             manifest = Manifest.read(self.root)
             for shards in manifest.splits.values():
                 ShardedImages(self.root, shards, manifest.image_shape).verify()
+            self.verify = False
 
     def load(self) -> dict[str, ShardedImages]:
         """Opens the splits; images that have no shards of their own are cut, by ``split_seed``, from the training images.

@@ -218,10 +218,10 @@ class LikelihoodModule(LightningModule, ABC):
         plugin = self.trainer.precision_plugin
         if getattr(plugin, "scaler", None) is not None:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val and GradClipAlgorithmType(gradient_clip_algorithm or "norm") == GradClipAlgorithmType.NORM:
+        elif gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0, gradient_clip_algorithm)
+        elif gradient_clip_val and gradient_clip_val > 0:
             clip_norm(self.parameters(), gradient_clip_val)
-        elif gradient_clip_val:
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, GradClipAlgorithmType.VALUE)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Builds the optimiser and its learning rate by step."""

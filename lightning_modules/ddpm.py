@@ -99,7 +99,7 @@ class DDPMLightningModule(LikelihoodModule):
         return self.process.num_steps
 
     def elbo(self, x: Tensor, calls: int | None = None, proposal: Tensor | None = None, control: Control | None = None) -> Elbo:
-        """Returns an unbiased estimate of the bound, of the chain that :meth:`sample` draws from.
+        """Returns an unbiased estimate of the bound, of the ancestral chain p_θ, whichever sampler draws pictures.
 
         Args:
             x: uint8 (B, C, H, W).

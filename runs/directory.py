@@ -23,7 +23,7 @@ def claim(directory: Path, continuing: bool) -> None:
     """
     if (directory / CONFIG).exists() and not continuing:
         raise SettingError(
-            f"hydra.run.dir={directory} already holds a run: add ckpt=last to continue it, or choose another directory"
+            f"hydra.run.dir={directory} already holds a run: add ckpt=auto to go on with it, or choose another directory"
         )
 
 

@@ -79,6 +79,7 @@ def quiet_libraries() -> None:
     lightning.handlers.clear()  # Hydra's root handler prints them already
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what +trainer.profiler=simple has found
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*",

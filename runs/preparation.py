@@ -141,6 +141,7 @@ def write_set(source: Source, out: Path, name: str, shard_bytes: int) -> Manifes
             for name_of_split, split in source.splits.items():
                 chunks = counted(split.chunks, bar)
                 shards[name_of_split] = write_split(draft, name_of_split, source.image_shape, split.num, shard_bytes, chunks)
+                next(chunks, None)  # a file that goes on after its last image says so
         manifest = Manifest(name, tuple(source.image_shape), source.levels, shards)
         manifest.write(draft)
         draft.rename(out)
@@ -153,8 +154,8 @@ def write_set(source: Source, out: Path, name: str, shard_bytes: int) -> Manifes
 def counted(chunks: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
     """Passes chunks on and moves the bar."""
     for chunk in chunks:
-        yield chunk
         bar.update(len(chunk))
+        yield chunk
 
 
 def summary(manifest: Manifest, out: Path) -> str:

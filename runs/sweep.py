@@ -89,7 +89,8 @@ def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float |
         hydra.runtime.output_dir = str(directory)
     resumed = (directory / LAST).is_file() and cfg.ckpt is None
     with open_dict(cfg):
-        cfg.ckpt = "last" if resumed else cfg.ckpt
+        # auto: a job that ended before its first checkpoint begins anew where its config already is
+        cfg.ckpt = "last" if resumed else cfg.ckpt or "auto"
         _name_in_wandb(cfg, sweep, directory, overrides)
     share_threads()
     try:

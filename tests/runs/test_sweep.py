@@ -225,6 +225,10 @@ def test_a_diverging_job_fails(tmp_path):
     assert done.returncode == 1
     assert "1 of 2 jobs done" in done.stdout
     assert "training diverged" in done.stdout
+    # it left its config and no checkpoint: the same command begins it anew, as it says
+    again = command("-m", *JOB, "model.optimizer.lr=1e-3,1e30", "trainer.gradient_clip_val=null", cwd=tmp_path)
+    assert "training diverged" in again.stdout
+    assert "already holds a run" not in again.stdout
 
 
 def test_devices_may_vary_within_a_sweep(alone, tmp_path):
