@@ -1,0 +1,41 @@
+import io
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
+
+from callbacks.progress import LiveProgress
+
+
+class Counted(LiveProgress):
+    """Notes how far the bar stands whenever it is moved."""
+
+    def __init__(self, **settings):
+        super().__init__(console_kwargs={"file": io.StringIO(), "force_terminal": True}, **settings)
+        self.moves = []
+
+    def _update(self, progress_bar_id, current, visible=True, hard=False):
+        if progress_bar_id == self.train_progress_bar_id and not self.trainer.validating:
+            self.moves.append(current)
+        super()._update(progress_bar_id, current, visible, hard)
+
+
+def moves(seconds):
+    bar = Counted(seconds=seconds)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[bar],
+    )  # fmt: skip
+    trainer.fit(BoringModel(), DataLoader(torch.randn(40, 32)))
+    return [current for current in bar.moves if current]
+
+
+def test_the_bar_is_moved_behind_every_batch_if_it_may():
+    assert moves(0.0) == [*range(1, 41)] * 2
+
+
+def test_the_bar_is_moved_once_in_a_while_and_at_the_end_of_an_epoch():
+    found = moves(3600.0)
+    assert found.count(40) == 2
+    assert len(found) <= 3  # and at the very first batch
