@@ -26,11 +26,13 @@ for task in range(int(first), int(last) + 1):
 print("Submitted batch job 4711")
 """
 SRUN = """
-import os, sys
+import os, sys, time
 arguments = sys.argv[1:]
 for flag in ("--output", "--error"):
     place = arguments.index(flag)
     path = arguments[place + 1].replace("%A", os.environ["SLURM_ARRAY_JOB_ID"]).replace("%a", os.environ["SLURM_ARRAY_TASK_ID"])
+    while not os.path.isdir(os.path.dirname(path)):  # submitit makes it when sbatch is back: SLURM is slower than that
+        time.sleep(0.05)
     os.dup2(os.open(path.replace("%t", "0"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1 if flag == "--output" else 2)
     del arguments[place : place + 2]
 arguments.remove("--unbuffered")
