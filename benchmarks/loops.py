@@ -12,7 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from benchmarks.paired import Row, in_turns
+from benchmarks.paired import Row, in_turns, timed
 from benchmarks.small_unets import small_ddpm
 from diffusion import Epsilon, ancestral, cosine, ddim, linear
 from diffusion.samplers import Move
@@ -112,18 +112,15 @@ def sampler_step(rounds: int) -> list[Row]:
             x, noise = torch.randn(shape), torch.randn(shape)
             with torch.inference_mode():
                 pairs = in_turns(partial(ours, moves[name], x, noise), partial(theirs, scheduler, x, noise), rounds)
-                draws = in_turns(partial(_randn, shape), partial(_randn, shape), 3) if name == "ancestral" else None
             text = "{ours} and {theirs} µs"
-            if draws is not None:  # what a step cannot take less than
-                text += f", of which torch.randn {1e6 / CALLS * statistics.median(draws.ours):.4g}"
+            if name == "ancestral":  # what a step cannot take less than
+                seconds = statistics.median(
+                    timed(lambda shape=shape: [torch.randn(shape) for _ in range(CALLS)]) for _ in range(3)
+                )
+                text += f", of which torch.randn {1e6 / CALLS * seconds:.4g}"
             label = f"{name} step, {'x'.join(map(str, shape))}"
             found.append(pairs.row(label, f"diffusers {type(scheduler).__name__}", 0.55, True, text, work=1e3 / CALLS))
     return found
-
-
-def _randn(shape: tuple[int, ...]) -> None:
-    for _ in range(CALLS):
-        torch.randn(shape)
 
 
 def benches(checkout: Path | None) -> dict[str, Callable[[int], list[Row]]]:
