@@ -98,8 +98,7 @@ def sampler_step(rounds: int) -> list[Row]:
 
     def ours(move: Move, x: Tensor, noise: Tensor) -> None:
         for _ in range(CALLS):
-            t = torch.full((len(x),), move.t)
-            move(epsilon.x0(noise, x, t, process), x, clip=True)
+            move(epsilon.x0(noise, x, move.t, process), x, clip=True)
 
     def theirs(scheduler: DDPMScheduler | DDIMScheduler, x: Tensor, noise: Tensor) -> None:
         for _ in range(CALLS):

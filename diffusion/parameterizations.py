@@ -24,10 +24,13 @@ class Parameterization(ABC):
     outputs_per_channel: int = 1
 
     @abstractmethod
-    def x0(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
-        """Returns x̂_0(x_t, t) in [-1, 1] units: output (B, P·C, H, W), x_t (B, C, H, W), t (B,) -> (B, C, H, W)."""
+    def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
+        """Returns x̂_0(x_t, t) in [-1, 1] units: output (B, P·C, H, W), x_t (B, C, H, W) -> (B, C, H, W).
 
-    def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+        t is (B,), or one integer for all: a sampler's steps, where a coefficient for each image would only cost time.
+        """
+
+    def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """Returns ε̂ = (x_t - √ᾱ_t x̂_0)/√(1 - ᾱ_t): (B, C, H, W)."""
         x0_hat = self.x0(output, x_t, t, process)
         return (x_t - process.at(process.sqrt_alpha_bar, t, x_t) * x0_hat) / process.at(process.noise_std, t, x_t)
@@ -46,13 +49,13 @@ class Parameterization(ABC):
 class Epsilon(Parameterization):
     """The network predicts the noise: x̂_0 = (x_t - √(1 - ᾱ_t) ε_θ)/√ᾱ_t (Ho et al. 2020)."""
 
-    def x0(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+    def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """See :meth:`Parameterization.x0`."""
         noise = self.epsilon(output, x_t, t, process)
         signal = torch.addcmul(x_t, process.at(process.noise_std, t, x_t), noise, value=-1)
         return signal.div_(process.at(process.sqrt_alpha_bar, t, x_t))
 
-    def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+    def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """Returns the output itself, in float32 or better: (B, C, H, W)."""
         return full_precision(output)
 
@@ -60,7 +63,7 @@ class Epsilon(Parameterization):
 class X0(Parameterization):
     """The network predicts the clean image itself."""
 
-    def x0(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+    def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """See :meth:`Parameterization.x0`."""
         return full_precision(output)
 
@@ -95,7 +98,7 @@ class Lattice(Parameterization):
             raise ValueError(f"parameterization=lattice was built for {self.levels} levels, but the data has {levels}")
         return self.categorical
 
-    def x0(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+    def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """See :meth:`Parameterization.x0`; always inside [-1, 1]."""
         probabilities = self._logits(output, x_t, t, process).softmax(1)
         return torch.einsum("blchw,l->bchw", probabilities, self._positions(probabilities))
@@ -108,7 +111,7 @@ class Lattice(Parameterization):
     def _positions(self, like: Tensor) -> Tensor:
         return to_unit(torch.arange(self.levels, device=like.device), self.levels).to(like.dtype)
 
-    def _logits(self, output: Tensor, x_t: Tensor, t: Tensor, process: GaussianDiffusion) -> Tensor:
+    def _logits(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """f_θ + ln q(x_t | level) up to a constant: (B, L, C, H, W)."""
         logits = self.categorical.logits(output)
         means = process.at(process.sqrt_alpha_bar, t, logits) * self._positions(logits).view(1, -1, 1, 1, 1)

@@ -67,8 +67,10 @@ class GaussianDiffusion(nn.Module):
             self._buffers[name] = value.to(device, dtype)
         return self
 
-    def at(self, coefficient: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        """Gathers coefficient[t] and shapes it to multiply ``like``: (B,) -> (B, 1, ..., 1)."""
+    def at(self, coefficient: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
+        """Gathers coefficient[t] and shapes it to multiply ``like``: (B,) -> (B, 1, ..., 1), or one t for all -> ()."""
+        if isinstance(t, int):
+            return coefficient[t].to(like.dtype)
         return per_example(coefficient.index_select(0, t), like)  # half the time of coefficient[t]
 
     def marginal(self, x0: Tensor, t: Tensor) -> DiagGaussian:

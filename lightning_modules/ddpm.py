@@ -192,8 +192,8 @@ class DDPMLightningModule(LikelihoodModule):
         """
         x_t = torch.randn(num, *self.image_shape, device=self.device)
         for move in self.sampler(self.process):
-            t = torch.full((num,), move.t, device=self.device)
-            x0_hat = self.parameterization.x0(self.network(x_t, t), x_t, t, self.process)
+            output = self.network(x_t, torch.full((num,), move.t, device=self.device))
+            x0_hat = self.parameterization.x0(output, x_t, move.t, self.process)
             x_t = move(x0_hat, x_t, self.clip)
         output = self.network(x_t, torch.ones(num, dtype=torch.int64, device=self.device))
         params = self.parameterization.likelihood_params(output, x_t, self.process, self.clip)

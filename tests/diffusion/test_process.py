@@ -157,6 +157,20 @@ def test_parameterizations_of_one_prediction_agree():
     assert isinstance(X0().likelihood(None), Gaussian)
 
 
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("t", [1, 7, 20])
+def test_one_t_for_all_is_the_same_t_for_each(parameterization, dtype, t):
+    process = GaussianDiffusion(diffusion.cosine(20))
+    x_t = torch.randn(3, 2, 4, 3, dtype=dtype)
+    output = torch.randn(3, 2 * parameterization.outputs_per_channel, 4, 3, dtype=dtype)
+    each = torch.full((3,), t)
+    for function in (parameterization.x0, parameterization.epsilon):
+        expected = function(output, x_t, each, process)
+        assert expected.dtype == dtype
+        torch.testing.assert_close(function(output, x_t, t, process), expected)
+
+
 def test_lattice_refuses_other_levels():
     with pytest.raises(ValueError, match="continuous"):
         Lattice(None)
