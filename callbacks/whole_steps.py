@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,33 +20,46 @@ class WholeSteps(Checkpoint):
 
     def __init__(self) -> None:
         self._usual: Any = None
-        self._asked = False
+        self._within = self._asked = False
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Takes Ctrl-C over, if there is anything to take over."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes Ctrl-C over, if there is anything to take over: once, as a change of handlers in every step costs time."""
         usual = signal.getsignal(signal.SIGINT)
+        self._usual, self._within, self._asked = None, False, False
         if trainer.world_size == 1 and callable(usual) and threading.current_thread() is threading.main_thread():
-            self._usual, self._asked = usual, False
-            signal.signal(signal.SIGINT, self._ask)
+            self._usual = usual
+            signal.signal(signal.SIGINT, self._hear)
 
-    def _ask(self, *_: Any) -> None:
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not self._within:
+            self._usual(number, frame)
+            return
         self._asked = True
         self._give_back()
 
     def _give_back(self) -> None:
-        if self._usual is not None:
+        if self._usual is not None and signal.getsignal(signal.SIGINT) == self._hear:
             signal.signal(signal.SIGINT, self._usual)
-            self._usual = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here on Ctrl-C waits."""
+        self._within = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Does what Ctrl-C asked for."""
-        self._give_back()
+        self._within = False
         if self._asked:
+            self._asked = False
             raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives Ctrl-C back."""
+        self._give_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives Ctrl-C back."""
+        self._within = False
         if not isinstance(exception, KeyboardInterrupt):  # after which Lightning has it ignored
             self._give_back()

@@ -22,6 +22,12 @@ def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def started(trainer=ONE):
+    callback = WholeSteps()
+    callback.on_train_start(trainer, None)
+    return callback
+
+
 def step(callback, trainer=ONE, during=lambda: None):
     callback.on_train_batch_start(trainer, None, None, 0)
     during()
@@ -35,7 +41,7 @@ def test_the_step_is_completed_first():
         ctrl_c()
         reached.append(True)
 
-    callback = WholeSteps()
+    callback = started()
     with pytest.raises(KeyboardInterrupt):
         step(callback, during=during)
     assert reached
@@ -51,22 +57,43 @@ def test_the_second_one_does_not_wait():
         reached.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        step(WholeSteps(), during=during)
+        step(started(), during=during)
     assert not reached
 
 
-def test_outside_of_steps_after_errors_and_on_several_devices_it_is_as_usual():
-    callback = WholeSteps()
-    for prepare in (
-        lambda: step(callback),
-        lambda: callback.on_train_batch_start(TWO, None, None, 0),
-        lambda: (callback.on_train_batch_start(ONE, None, None, 0), callback.on_exception(ONE, None, ValueError())),
+def test_between_steps_it_is_as_usual():
+    callback = started()
+    for _ in range(2):
+        step(callback)
+        with pytest.raises(KeyboardInterrupt):  # a validation, say
+            ctrl_c()
+
+
+def test_after_training_after_errors_and_on_several_devices_it_is_given_back():
+    for end in (
+        lambda callback: callback.on_train_end(ONE, None),
+        lambda callback: (
+            callback.on_train_batch_start(ONE, None, None, 0),
+            callback.on_exception(ONE, None, ValueError()),
+        ),
     ):
-        prepare()
+        callback = started()
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        end(callback)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    started(TWO)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_others_have_set_since_stays():
+    callback = started()
+    others = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    assert others != signal.SIG_DFL
+    callback.on_train_end(ONE, None)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def test_where_it_is_ignored_it_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    step(WholeSteps(), during=ctrl_c)
+    step(started(), during=ctrl_c)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
