@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,22 @@ class RunCheckpoint(ModelCheckpoint):
         self.config, self.file_format = config, file_format
         self.interrupted, self._looked_at = False, 0
 
+    @cached_property
+    def state_key(self) -> str:
+        """Lightning's key, put together once: it is asked for at every hook of every step."""
+        return super().state_key
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends a run whose loss is not finite; looks only where it is logged, when the device is waited for anyway."""
+        """Ends a run whose loss is not finite; looks only where it is logged, when the device is waited for anyway.
+
+        Nothing is saved here, behind a batch, so Lightning's own hook is not called.
+        """
         step = trainer.global_step
         if step != self._looked_at and step % trainer.log_every_n_steps == 0:
             self._looked_at = step
             self._check(trainer, "train/loss")
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a run whose validation figure is not finite, before it is kept."""

@@ -70,7 +70,6 @@ class EMA(Callback):
         else:
             self._average = [now.clone() for now in self._current]
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -11,6 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_modules.base import total_norm
+
 
 class Vitals(Callback):
     """Logs train/{lr, grad_norm, images_per_second} every ``log_every_n_steps``, GPU memory, and images_seen in every row.
@@ -80,7 +82,7 @@ class Vitals(Callback):
         """Logs the learning rate and the gradient's norm."""
         if self._due(trainer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.train_row["train/grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+            pl_module.train_row["train/grad_norm"] = total_norm(gradients)
             pl_module.train_row["train/lr"] = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(

@@ -70,7 +70,10 @@ class ResumableLoader(DataLoader[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         self.sampler.start = self.place()
-        yield from super().__iter__()
+        if self.num_workers or self.pin_memory:
+            yield from super().__iter__()
+        else:  # the same, without what PyTorch does around it for workers and for single examples
+            yield from map(self.dataset.__getitem__, self.sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing: with this method, Lightning knows that the loader can be resumed."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,14 +31,27 @@ def build(module_or_factory: nn.Module | Callable[..., nn.Module], **sizes: Any)
     return module_or_factory if isinstance(module_or_factory, nn.Module) else module_or_factory(**sizes)
 
 
-def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+def signed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a function's signature with it, which Lightning works out anew in every training step."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Returns the norm of all gradients together, as ``torch.nn.utils.get_total_norm`` does for one device and dtype: ()."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def clip_norm(optimizer: Optimizer, max_norm: float) -> None:
     """Scales the gradients so that their norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does.
 
     A norm that lies on the CPU is looked at, and gradients that are short enough are left alone: multiplying them by 1 is
     twice the memory traffic of the norm. A GPU would have to be waited for.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = get_total_norm([parameter.grad for parameter in parameters])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+    if not parameters:
+        return
+    norm = total_norm([parameter.grad for parameter in parameters])
     if norm.device.type == "cpu" and type(norm) is Tensor and norm <= max_norm:
         return
     clip_grads_with_norm_(parameters, max_norm, norm)
@@ -73,6 +87,13 @@ class LikelihoodModule(LightningModule, ABC):
         self.val_metric, self.test_metric = ElboMetric(), ElboMetric()
         self.train_row: dict[str, float | Tensor] = {}
         self._noted: list[Tensor] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; the one that Lightning sets at every hook, forty times a step, without a module's bookkeeping."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def num_dims(self) -> int:
@@ -116,6 +137,7 @@ class LikelihoodModule(LightningModule, ABC):
         x = x if self.levels is None else to_unit(x, self.levels)
         return x.to(torch.promote_types(torch.float32, self.dtype))
 
+    @signed
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         """Minimises :meth:`objective`; every ``log_every_n_steps`` its loss and the bound's terms go to the loggers."""
         loss, elbo = self.objective(x)
@@ -124,14 +146,18 @@ class LikelihoodModule(LightningModule, ABC):
         return loss
 
     def _note_terms(self, loss: Tensor, elbo: Elbo) -> None:
-        """Keeps this batch's means over all ranks, for the row that :meth:`on_train_batch_end` writes."""
+        """Keeps this batch's means over all ranks, for callbacks and for the row that :meth:`on_train_batch_end` writes.
+
+        Not by ``self.log``: from then on Lightning would read what a progress bar shows from the device behind every batch.
+        """
         terms = [elbo.value, elbo.reconstruction, elbo.prior, elbo.matching]
         means = torch.stack([loss, *(term.detach().mean().to(loss.dtype) for term in terms)])
         self._noted.append(self.trainer.strategy.reduce(means, reduce_op="mean"))
-        loss, nats = self._noted[-1][0], self._noted[-1][1]
-        self.log("train/loss", loss, logger=False)  # for callbacks
-        name, value = ("elbo", nats) if self.levels is None else ("bpd", nats_to_bits_per_dim(-nats, self.num_dims))
-        self.log(f"train/{name}", value, prog_bar=True, logger=False)
+        self.trainer.callback_metrics.update(self._headline(self._noted[-1][1]), **{"train/loss": self._noted[-1][0]})
+
+    def _headline(self, nats: Tensor | float) -> dict[str, Tensor | float]:
+        """Returns train/bpd, or train/elbo of continuous data, by name: of the bound in nats."""
+        return {"train/elbo": nats} if self.levels is None else {"train/bpd": nats_to_bits_per_dim(-nats, self.num_dims)}
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Writes the row of this step, if it is one that is logged: the terms, and what callbacks added to ``train_row``.
@@ -143,9 +169,9 @@ class LikelihoodModule(LightningModule, ABC):
         if not self._noted or trainer.global_step % trainer.log_every_n_steps:
             return
         loss, *nats = torch.stack(self._noted).mean(0).tolist()
-        row = {"train/loss": loss, **{f"train/{name}": value for name, value in zip(TERMS, nats, strict=True)}}
-        if self.levels is not None:
-            row["train/bpd"] = nats_to_bits_per_dim(-nats[0], self.num_dims)
+        headline = self._headline(nats[0])
+        trainer.progress_bar_metrics.update(headline)
+        row = {"train/loss": loss, **{f"train/{name}": value for name, value in zip(TERMS, nats, strict=True)}, **headline}
         row |= {name: float(value) for name, value in self.train_row.items()}
         for logger in trainer.loggers:
             logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
@@ -221,7 +247,13 @@ class LikelihoodModule(LightningModule, ABC):
         elif gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0, gradient_clip_algorithm)
         elif gradient_clip_val and gradient_clip_val > 0:
-            clip_norm(self.parameters(), gradient_clip_val)
+            clip_norm(optimizer, gradient_clip_val)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Forgets the gradients, as ``optimizer.zero_grad()`` does in ten times the time."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Builds the optimiser and its learning rate by step."""

@@ -23,9 +23,9 @@ class Elbo:
     matching: Tensor
 
     def __post_init__(self) -> None:
-        shapes = {tuple(term.shape) for term in (self.reconstruction, self.prior, self.matching)}
-        if len(shapes) != 1 or self.reconstruction.ndim != 1:
-            raise ValueError(f"the terms of an ELBO are per example, of one shape (B,); got {sorted(shapes)}")
+        if self.reconstruction.ndim != 1 or not self.reconstruction.shape == self.prior.shape == self.matching.shape:
+            shapes = [tuple(term.shape) for term in (self.reconstruction, self.prior, self.matching)]
+            raise ValueError(f"the terms of an ELBO are per example, of one shape (B,); got {shapes}")
 
     @property
     def value(self) -> Tensor:

@@ -54,7 +54,7 @@ class DiagGaussian:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", full_precision(self.mean))
         object.__setattr__(self, "log_std", full_precision(self.log_std))
-        if not _broadcasts(self.log_std.shape, self.mean.shape):
+        if self.log_std.shape != self.mean.shape and not _broadcasts(self.log_std.shape, self.mean.shape):
             raise ValueError(
                 f"log_std of shape {tuple(self.log_std.shape)} does not broadcast to mean {tuple(self.mean.shape)}"
             )

@@ -23,8 +23,8 @@ from losses.gaussian import DiagGaussian, full_precision, sum_except_batch
 
 def to_unit(x: Tensor, levels: int = 256) -> Tensor:
     """Maps levels to [-1, 1]: k -> 2k/(levels-1) - 1, in float32 (floating input keeps its dtype)."""
-    x = x if x.is_floating_point() else x.float()
-    return (2 * x - (levels - 1)) / (levels - 1)  # the integer numerator keeps level 0 at exactly -1 and L-1 at exactly 1
+    half = (levels - 1) / 2  # exact in floating point, so that level 0 is exactly -1 and L-1 exactly 1
+    return (x - half if x.is_floating_point() else x.float().sub_(half)).div_(half)
 
 
 def from_unit(x: Tensor, levels: int = 256) -> Tensor:

@@ -58,7 +58,7 @@ def test_a_step_reads_nothing_from_the_device(model):
     for _ in at_each_end(model):
         loss, elbo = model.objective(batch(model).to("meta"))
         loss.backward()
-        clip_norm(model.parameters(), 1.0)
+        clip_norm(optimizer, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         assert loss.device == elbo.value.device == torch.device("meta")
@@ -100,20 +100,20 @@ def test_lightnings_step_reads_nothing_either_away_from_logging(name, tmp_path):
     """Averages, clipping, seeding, learning rates and vitals included.
 
     What lies on the CPU may be looked at: the gradient's norm here, and the t of DDPM, which are drawn there, for t = 1. The
-    test on the meta device covers both.
+    test on the meta device covers both. Step 4 is logged, when Traced has seen its end: what is read counts for step 5.
     """
     cfg = configure(tmp_path, *MODELS[name])
     traced = TraceSteps()
     trainer = make_trainer(
-        accelerator="cpu", devices=1, max_steps=8, log_every_n_steps=1000, gradient_clip_val=1.0, logger=False,
+        accelerator="cpu", devices=1, max_steps=12, log_every_n_steps=4, gradient_clip_val=1.0, logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
         limit_val_batches=0, default_root_dir=tmp_path,
         callbacks=[SeededBatches(0), Vitals(), EMA(), traced],
     )  # fmt: skip
     trainer.fit(build_part(cfg.model), build_part(cfg.data))
-    assert len(traced.steps) == 7
+    assert len(traced.steps) == 11
     allowed = {"_local_scalar_dense": 1} | ({"nonzero": 1} if name.startswith("ddpm") else {})
-    assert [step for step in traced.steps if step != allowed] == []
+    assert {number: step for number, step in enumerate(traced.steps, 2) if step != allowed and number % 4 != 1} == {}
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0, math.inf, math.nan])
@@ -122,7 +122,7 @@ def test_gradients_are_clipped_as_torch_clips_them(scale):
     for mine, other in zip(list(ours.parameters())[1:], list(theirs.parameters())[1:], strict=True):  # the first has none
         mine.grad = scale * torch.randn_like(mine)
         other.grad = mine.grad.clone()
-    clip_norm(ours.parameters(), 1.0)
+    clip_norm(torch.optim.SGD(ours.parameters()), 1.0)
     torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0, equal_nan=True)
