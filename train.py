@@ -16,9 +16,11 @@ def main(cfg: DictConfig) -> float | None:
     """Runs one job; returns its best validation bits/dim (nats for continuous data), which sweepers minimise."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from runs.build import SettingError
-    from runs.job import run
+    from runs.entry import TERMINATED
+    from runs.job import is_child_rank, run
     from runs.sweep import run_in_sweep
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -27,6 +29,8 @@ def main(cfg: DictConfig) -> float | None:
         return run(cfg)
     except SettingError as error:
         sys.exit(1 if os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")  # said once, by rank 0
+    except SIGTERMException:  # Lightning kills rank 0, which may be writing, when a child of its ends with another code than 0
+        sys.exit(0 if is_child_rank() else TERMINATED)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,10 @@ class LikelihoodModule(LightningModule, ABC):
         x = x if self.levels is None else to_unit(x, self.levels)
         return x.to(torch.promote_types(torch.float32, self.dtype))
 
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Sets the count by which Lightning numbers the rows of validation: resuming amid an epoch, it may be one too high."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     @signed
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         """Minimises :meth:`objective`; every ``log_every_n_steps`` its loss and the bound's terms go to the loggers."""

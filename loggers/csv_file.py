@@ -18,11 +18,13 @@ class MetricsCSV(Logger):
 
     Args:
         path: the file.
+        begin: the optimiser step that training goes on from, 0 for a start. Rows of a session that came further before it was
+            cut off are taken out with the first new row: they are logged again. ``None`` keeps all.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, begin: int | None = None) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path, self.begin = Path(path), begin
         self._columns: list[str] | None = None
 
     @property
@@ -42,10 +44,13 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends a row."""
         if self._columns is None:
-            self._columns = self._read()[0]
+            self._columns, rows = self._read()
+            if self._columns:
+                self._write([row for row in rows if self._stands(row)])
         row = {"step": step} | metrics
         if new := [name for name in row if name not in self._columns]:
-            self._rewrite(new)
+            self._columns = [*self._columns, *new]
+            self._write(self._read()[1])
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
@@ -53,12 +58,17 @@ class MetricsCSV(Logger):
         if not self.path.exists():
             return [], []
         with self.path.open(newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a last one without was cut off
             return list(reader.fieldnames or []), list(reader)
 
-    def _rewrite(self, new: list[str]) -> None:
-        rows = self._read()[1]
-        self._columns = [*self._columns, *new]
+    def _stands(self, row: dict[str, str]) -> bool:
+        """Whether a row is of the steps before this session: training numbers them from 0, and a test follows the last."""
+        if self.begin is None:
+            return True
+        tested = any(value for name, value in row.items() if name.startswith("test/"))
+        return int(row["step"]) < self.begin + tested
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")
         with draft.open("w", newline="") as file:

@@ -123,6 +123,21 @@ def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None
             )
 
 
+def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+    """Refuses another batch size where the epoch is to go on behind its n-th batch, which would then be another place.
+
+    Raises:
+        SettingError: naming both sizes.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    there, here = checkpoint["config"]["data"]["batch_size"], ours["data"]["batch_size"]
+    if there != here and progress["current"]["completed"] and not progress["is_last_batch"]:
+        raise SettingError(
+            f"ckpt={path} stopped amid an epoch of batches of {there}: go on with data.batch_size={there}, not {here}, or from "
+            "a checkpoint of the end of an epoch, such as best.ckpt beside it"
+        )
+
+
 def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:
     """Returns (dotted key, value) for every leaf of nested dicts; lists count as leaves."""
     if not isinstance(value, dict):

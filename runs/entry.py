@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from runs.help import help_text
 
 FULL = "HYDRA_FULL_ERROR"
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+INTERRUPTED, TERMINATED = 130, 143  # exit codes after Ctrl-C and SIGTERM, as shells have them
 
 
 def spin_briefly() -> None:

@@ -29,7 +29,18 @@ from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
 from runs.devices import compile_networks
-from runs.directory import CONFIG, FORMAT, LAST, RESULT, claim, find_checkpoint, read_checkpoint, same_model, write_json
+from runs.directory import (
+    CONFIG,
+    FORMAT,
+    LAST,
+    RESULT,
+    claim,
+    find_checkpoint,
+    read_checkpoint,
+    same_batches,
+    same_model,
+    write_json,
+)
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
 
 
@@ -47,7 +58,7 @@ def run(cfg: DictConfig) -> float:
     quiet_libraries()
     directory = Path(HydraConfig.get().runtime.output_dir)
     config = plain(cfg)
-    checkpoint = choose_checkpoint(cfg, config, directory)
+    checkpoint, step = choose_checkpoint(cfg, config, directory)
     check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = load_data(cfg.data)
@@ -55,7 +66,7 @@ def run(cfg: DictConfig) -> float:
     compile_networks(model, cfg.compile)
     failed = True
     try:
-        trainer = build_trainer(cfg, config, directory)
+        trainer = build_trainer(cfg, config, directory, step)
         if not is_child_rank():  # only now: a job that was refused has claimed nothing, and may be tried again here
             OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
         say(trainer, f"{describe(cfg, model, datamodule)}\nrun directory: {directory}")
@@ -143,10 +154,10 @@ def is_child_rank() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
-def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Path | None:
-    """Returns the checkpoint to continue from, if any, and refuses a directory that holds another run."""
+def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) -> tuple[Path | None, int]:
+    """Returns the checkpoint to continue from, if any, and its step; refuses a directory that holds another run."""
     choices = HydraConfig.get().runtime.choices
-    checkpoint, here = None, directory / LAST
+    checkpoint, step, here = None, 0, directory / LAST
     if cfg.ckpt == "auto":
         checkpoint = here if here.is_file() else None
     elif cfg.ckpt is not None:
@@ -155,6 +166,8 @@ def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) 
     if checkpoint is not None:
         held = read_checkpoint(checkpoint, "ckpt")
         same_model(held["config"], config, checkpoint)
+        same_batches(held, config, checkpoint)
+        step = held["global_step"]
         if not all_finite(value for value in held["state_dict"].values() if isinstance(value, torch.Tensor)):
             raise SettingError(
                 f"ckpt={checkpoint} holds weights that are not finite: give an earlier one, or start without ckpt"
@@ -162,13 +175,13 @@ def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) 
     if not is_child_rank():
         own = checkpoint is not None and directory in checkpoint.absolute().parents
         claim(directory, continuing=own or cfg.ckpt == "auto")
-    return checkpoint
+    return checkpoint, step
 
 
-def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Trainer:
+def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path, step: int = 0) -> Trainer:
     """Builds callbacks, loggers and the trainer; devices and precision that do not exist here are refused in one sentence."""
     callbacks = build_callbacks(cfg, config, directory)
-    loggers = build_loggers(cfg, config, directory)
+    loggers = build_loggers(cfg, config, directory, step)
     try:
         return factory(cfg.trainer)(callbacks=callbacks, logger=loggers, default_root_dir=str(directory))
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
@@ -187,9 +200,9 @@ def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) ->
     return callbacks
 
 
-def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path) -> list[Logger]:
-    """Builds metrics.csv and the logger that conf/logger chose; on ranks above 0 none does anything."""
-    loggers: list[Logger] = [MetricsCSV(str(directory / "metrics.csv"))]
+def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path, step: int) -> list[Logger]:
+    """Builds metrics.csv, as it was at ``step``, and the logger that conf/logger chose; ranks above 0 log nothing."""
+    loggers: list[Logger] = [MetricsCSV(str(directory / "metrics.csv"), step)]
     if cfg.logger and not is_child_rank():
         build = factory(cfg.logger)
         try:

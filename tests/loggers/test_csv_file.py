@@ -20,3 +20,20 @@ def test_rows_are_appended_columns_added_and_resuming_continues(tmp_path):
         {"step": "3", "train/loss": "1.0", "val/bpd": "1.25"},
     ]
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.csv"]
+
+
+def test_rows_beyond_where_training_goes_on_are_taken_out_once_and_a_torn_one_is(tmp_path):
+    path = tmp_path / "metrics.csv"
+    earlier = MetricsCSV(str(path))
+    for step in (1, 3, 5):
+        earlier.log_metrics({"train/loss": step / 2}, step=step)
+    earlier.log_metrics({"test/bpd": 2.0}, step=4)
+    with path.open("a") as file:
+        file.write("2,1.")  # what a full disk leaves
+    assert len(read(path)) == 5
+    logger = MetricsCSV(str(path), 4)
+    assert len(read(path)) == 5  # nothing is taken out before there is something new
+    logger.log_metrics({"train/loss": 2.0}, step=4)
+    logger.log_metrics({"val/bpd": 3.0}, step=9)
+    rows = [(row["step"], row["train/loss"] or row["test/bpd"] or row["val/bpd"]) for row in read(path)]
+    assert rows == [("1", "0.5"), ("3", "1.5"), ("4", "2.0"), ("4", "2.0"), ("9", "3.0")]

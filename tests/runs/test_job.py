@@ -256,7 +256,8 @@ def test_torchrun_starts_one_run_and_ckpt_auto_goes_on_with_it(tmp_path):
     assert not [path for path in tmp_path.glob("outputs/*") if path.name != "wandb"]
 
 
-def test_ctrl_c_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(number, code, tmp_path):
     overrides = [*QUICK, *SMALL_DDPM, "trainer.max_epochs=100000", "hydra.run.dir=here", "model/lr_scheduler=constant"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(tmp_path)}
     process = subprocess.Popen(
@@ -266,9 +267,9 @@ def test_ctrl_c_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_p
     deadline = time.monotonic() + 120
     while not (tmp_path / "here" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "interrupted at step" in output
     assert "Traceback" not in output
     step = torch.load(tmp_path / "here" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]

@@ -1,5 +1,6 @@
 """A run that stops in the middle of an epoch goes on with the next batch, and ends as if it had not stopped."""
 
+import csv
 import itertools
 import os
 import signal
@@ -7,7 +8,9 @@ import signal
 import pytest
 import torch
 
+from callbacks import Vitals
 from lightning_modules import VAELightningModule
+from runs.build import SettingError
 from tests.jobs import run_here
 
 COMMON = (
@@ -23,7 +26,13 @@ def last(directory):
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
     run_here(directory, *COMMON)
-    return last(directory)
+    return directory
+
+
+def rows(directory):
+    """Returns what was logged, but for how fast it went."""
+    with (directory / "run/metrics.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if "per_second" not in name} for row in csv.DictReader(file)]
 
 
 def same(one, other):
@@ -80,7 +89,31 @@ def test_mid_epoch_is_exact(stop, batch, goes_on_at, uninterrupted, tmp_path, mo
             run_here(tmp_path, *COMMON)
     assert last(tmp_path)["global_step"] == goes_on_at
     run_here(tmp_path, *COMMON, "ckpt=last")
-    there = last(tmp_path)
-    assert uninterrupted["global_step"] == there["global_step"] == 30  # the last validation
+    here, there = last(uninterrupted), last(tmp_path)
+    assert here["global_step"] == there["global_step"] == 30  # the last validation
     for key in ("state_dict", "optimizer_states"):
-        assert same(uninterrupted[key], there[key])
+        assert same(here[key], there[key])
+    kept = [row for row in rows(uninterrupted) if stop is not ctrl_c or not row["val/elbo"] or int(row["step"]) != batch]
+    assert rows(tmp_path) == kept  # a validation that is due behind the step that was stopped behind is left out
+
+
+def test_what_is_begun_anew_where_nothing_was_saved_has_its_own_rows_alone(uninterrupted, tmp_path, monkeypatch):
+    def stops(self, trainer, *args):
+        if trainer.global_step == 21:
+            raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Vitals, "on_train_batch_end", stops, raising=False)
+        with pytest.raises(RuntimeError):
+            run_here(tmp_path, *COMMON, "+trainer.enable_checkpointing=false")
+    run_here(tmp_path, *COMMON, "ckpt=auto")
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_another_batch_size_is_refused_amid_an_epoch_and_taken_at_its_end(tmp_path):
+    run_here(tmp_path / "amid", *COMMON, "trainer.max_steps=15")
+    with pytest.raises(SettingError, match=r"data\.batch_size=128, not 64"):
+        run_here(tmp_path / "amid", *COMMON, "data.batch_size=64", "ckpt=last")
+    run_here(tmp_path / "end", "model=vae", "logger=csv", "trainer.max_epochs=1")
+    run_here(tmp_path / "end", "model=vae", "logger=csv", "data.batch_size=64", "ckpt=last")
+    assert last(tmp_path / "end")["global_step"] == 11 + 22
