@@ -127,6 +127,8 @@ def check_settings(cfg: DictConfig) -> None:
             "trainer.precision=16-mixed scales gradients, which a fused optimiser takes back only after they are clipped: "
             "choose bf16-mixed, or add model.optimizer.fused=false"
         )
+    if (cfg.trainer.get("gradient_clip_val") or 0) < 0:
+        raise SettingError(f"trainer.gradient_clip_val={cfg.trainer.gradient_clip_val} must not be negative; null: no clipping")
     if cfg.trainer.get("overfit_batches"):
         raise SettingError(
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "

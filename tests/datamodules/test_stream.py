@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodules import BlockSampler, StreamDataModule
-from datamodules.shards import Manifest, write_split
+from datamodules.shards import Manifest, ShardedImages, write_split
 from tests.data_files import pictures
 from tests.jobs import ROOT
 
@@ -196,9 +196,22 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path, num_workers):
     assert "\n" not in str(error.value)
 
 
-def test_verify_compares_checksums(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_vanishes_is_named(tmp_path, num_workers):
+    data = build(write(tmp_path, train=TRAIN), num_workers=num_workers)
+    path = tmp_path / "train-00001.npy"
+    path.unlink()
+    with pytest.raises(ValueError, match="cannot be read: No such file or directory") as error:
+        epoch(data.train_dataloader())
+    assert str(error.value).startswith(str(path))
+
+
+def test_verify_compares_checksums_reading_each_file_once(tmp_path, monkeypatch):
     path = write(tmp_path, train=TRAIN) / "train-00001.npy"
+    read, usual = [], ShardedImages.verify
+    monkeypatch.setattr(ShardedImages, "verify", lambda self: (read.append(self.folder), usual(self)))
     build(tmp_path, verify=True)
+    assert len(read) == 1  # train, val and test are rows of the same files
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     build(tmp_path)
     with pytest.raises(ValueError, match=r"train-00001.npy is damaged"):

@@ -95,6 +95,7 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["trainer.precision=bf16-true"], "bf16-mixed"),
         (["trainer.accelerator=tpu"], "trainer"),
         (["trainer.max_epochs=-1"], "trainer.max_epochs"),
+        (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1"),
         (["data.levels=256"], "data.levels"),
         (["data=cifar10", "data.download=false"], "cifar-10-batches-py"),
         (["ckpt=last"], "ckpt=last"),
@@ -282,6 +283,13 @@ def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(num
     assert done.returncode == 0, done.stderr
     assert f"continuing from {tmp_path}/here/checkpoints/last.ckpt" in done.stdout
     assert result(tmp_path / "here")["step"] == (step // 11 + 2) * 11
+
+
+def test_a_profiler_says_what_it_found(tmp_path):
+    done = command(*QUICK, "model=vae", "logger=csv", "trainer.max_epochs=1", "+trainer.profiler=simple", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "FIT Profiler Report" in done.stdout
+    assert "optimizer_step" in done.stdout
 
 
 def test_config_is_checked_against_the_data(tmp_path):

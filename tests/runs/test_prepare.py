@@ -1,9 +1,11 @@
 """prepare.py writes whole sets or nothing, from files of every kind."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -115,6 +117,19 @@ def test_a_damaged_file_and_a_full_disk_leave_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 1000}))
     path.write_bytes(whole)
     with pytest.raises(SettingError, match=r"out=.* needs 0.0 GB"):
+        prepare(f"source={tmp_path}/published", f"out={tmp_path}/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+@pytest.mark.parametrize("name", ["train_data_batch_2", "val_data"])
+def test_a_file_that_holds_more_than_it_states_is_damaged_and_leaves_nothing(name, tmp_path):
+    write_imagenet32(tmp_path / "published")
+    array, path = pictures(21, 3072), tmp_path / f"published/{name}.npz"
+    whole = io.BytesIO()
+    np.save(whole, array)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("data.npy", whole.getvalue().replace(b"(21, 3072)", b"(20, 3072)"))
+    with pytest.raises(SettingError, match=rf"{name}.npz is damaged \(it goes on after its last image\)"):
         prepare(f"source={tmp_path}/published", f"out={tmp_path}/out")
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
