@@ -61,6 +61,7 @@ class StopTogether(Checkpoint):
         asked = torch.tensor(float(self._asked), device=pl_module.device)
         self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if self._agreed == signal.SIGINT:
+            pl_module.on_train_batch_end(outputs, batch, batch_idx)  # the step's row, which Lightning would ask for next
             raise KeyboardInterrupt
         if self._agreed:
             trainer._signal_connector.received_sigterm = True  # looked at behind this batch, on every rank

@@ -138,7 +138,7 @@ class LikelihoodModule(LightningModule, ABC):
         return x.to(torch.promote_types(torch.float32, self.dtype))
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Sets the count by which Lightning numbers the rows of validation: resuming amid an epoch, it may be one too high."""
+        """Sets Lightning's count of steps, which numbers the rows of validation: resumed amid an epoch it may be too high."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @signed
@@ -170,7 +170,8 @@ class LikelihoodModule(LightningModule, ABC):
         gradients are accumulated the terms are the means over the batches of the step.
         """
         trainer = self.trainer
-        if not self._noted or trainer.global_step % trainer.log_every_n_steps:
+        stepped = trainer.global_step > trainer.fit_loop.epoch_loop._batches_that_stepped  # which Lightning raises after this
+        if not stepped or not self._noted or trainer.global_step % trainer.log_every_n_steps:
             return
         loss, *nats = torch.stack(self._noted).mean(0).tolist()
         headline = self._headline(nats[0])

@@ -19,7 +19,7 @@ class MetricsCSV(Logger):
     Args:
         path: the file.
         begin: the optimiser step that training goes on from, 0 for a start. Rows of a session that came further before it was
-            cut off are taken out with the first new row: they are logged again. ``None`` keeps all.
+            cut off, which are logged again, and damaged ones are taken out with the first new row. ``None`` keeps all.
     """
 
     def __init__(self, path: str, begin: int | None = None) -> None:
@@ -46,7 +46,7 @@ class MetricsCSV(Logger):
         if self._columns is None:
             self._columns, rows = self._read()
             if self._columns:
-                self._write([row for row in rows if self._stands(row)])
+                self._write([row for row in rows if self._stands(row, metrics)])
         row = {"step": step} | metrics
         if new := [name for name in row if name not in self._columns]:
             self._columns = [*self._columns, *new]
@@ -61,12 +61,19 @@ class MetricsCSV(Logger):
             reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a last one without was cut off
             return list(reader.fieldnames or []), list(reader)
 
-    def _stands(self, row: dict[str, str]) -> bool:
-        """Whether a row is of the steps before this session: training numbers them from 0, and a test follows the last."""
+    def _stands(self, row: dict[str, str], new: dict[str, float]) -> bool:
+        """Whether a row stays beside the first new one.
+
+        Training numbers its steps from 0, what is evaluated behind one may be numbered one higher. One test of a step is kept.
+        """
         if self.begin is None:
             return True
-        tested = any(value for name, value in row.items() if name.startswith("test/"))
-        return int(row["step"]) < self.begin + tested
+        if None in row or not row["step"].isdecimal():  # more fields than columns, or none that says where it belongs
+            return False
+        kinds, its_kinds = ({name.split("/")[0] for name in names} for names in (new, (name for name in row if row[name])))
+        if "test" in kinds & its_kinds and int(row["step"]) == self.begin:
+            return False
+        return int(row["step"]) < self.begin + ("train" not in its_kinds)
 
     def _write(self, rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -131,10 +131,10 @@ def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     there, here = checkpoint["config"]["data"]["batch_size"], ours["data"]["batch_size"]
-    if there != here and progress["current"]["completed"] and not progress["is_last_batch"]:
+    if there != here and progress["current"]["processed"] and not progress["is_last_batch"]:
         raise SettingError(
             f"ckpt={path} stopped amid an epoch of batches of {there}: go on with data.batch_size={there}, not {here}, or from "
-            "a checkpoint of the end of an epoch, such as best.ckpt beside it"
+            "a checkpoint of the end of an epoch"
         )
 
 

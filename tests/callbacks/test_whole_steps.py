@@ -8,6 +8,7 @@ import pytest
 
 from callbacks import WholeSteps
 
+MODULE = SimpleNamespace(on_train_batch_end=lambda *_: None)
 ONE, TWO = SimpleNamespace(world_size=1), SimpleNamespace(world_size=2)
 
 
@@ -29,9 +30,8 @@ def started(trainer=ONE):
 
 
 def step(callback, trainer=ONE, during=lambda: None):
-    callback.on_train_batch_start(trainer, None, None, 0)
     during()
-    callback.on_train_batch_end(trainer, None, None, None, 0)
+    callback.on_train_batch_end(trainer, MODULE, None, None, 0)
 
 
 def test_the_step_is_completed_first():
@@ -61,21 +61,48 @@ def test_the_second_one_does_not_wait():
     assert not reached
 
 
-def test_between_steps_it_is_as_usual():
+def test_between_steps_it_waits_for_the_next():
     callback = started()
-    for _ in range(2):
+    step(callback)
+    ctrl_c()
+    with pytest.raises(KeyboardInterrupt):
         step(callback)
-        with pytest.raises(KeyboardInterrupt):  # a validation, say
-            ctrl_c()
+
+
+def test_the_row_of_the_step_is_written_first():
+    rows = []
+    module = SimpleNamespace(on_train_batch_end=lambda outputs, batch, batch_idx: rows.append(batch_idx))
+    callback = started()
+    callback.on_train_batch_end(ONE, module, None, None, 0)
+    ctrl_c()
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_train_batch_end(ONE, module, None, None, 1)
+    assert rows == [1]  # for Lightning to ask for where it goes on
+
+
+def test_a_validation_is_cut_off_but_for_one_it_came_just_before():
+    callback = started()
+    callback.on_validation_start(ONE, None)
+    with pytest.raises(KeyboardInterrupt):
+        ctrl_c()
+    callback = started()
+    ctrl_c()
+    callback.on_validation_start(ONE, None)
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_validation_end(ONE, None)
+
+
+def test_after_the_last_step_it_stops_what_would_follow():
+    callback = started()
+    ctrl_c()
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_train_end(ONE, None)
 
 
 def test_after_training_after_errors_and_on_several_devices_it_is_given_back():
     for end in (
         lambda callback: callback.on_train_end(ONE, None),
-        lambda callback: (
-            callback.on_train_batch_start(ONE, None, None, 0),
-            callback.on_exception(ONE, None, ValueError()),
-        ),
+        lambda callback: callback.on_exception(ONE, None, ValueError()),
     ):
         callback = started()
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler

@@ -37,3 +37,10 @@ def test_rows_beyond_where_training_goes_on_are_taken_out_once_and_a_torn_one_is
     logger.log_metrics({"val/bpd": 3.0}, step=9)
     rows = [(row["step"], row["train/loss"] or row["test/bpd"] or row["val/bpd"]) for row in read(path)]
     assert rows == [("1", "0.5"), ("3", "1.5"), ("4", "2.0"), ("4", "2.0"), ("9", "3.0")]
+
+
+def test_damaged_rows_are_taken_out(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,train/loss\r\n1,0.5\r\n2,0.4,0.1\r\n1.5,0.3\r\n,0.1\r\n3,0.2\r\n")
+    MetricsCSV(str(path), 4).log_metrics({"train/loss": 0.25}, step=4)
+    assert [row["step"] for row in read(path)] == ["1", "3", "4"]

@@ -257,39 +257,49 @@ def test_torchrun_starts_one_run_and_ckpt_auto_goes_on_with_it(tmp_path):
     assert not [path for path in tmp_path.glob("outputs/*") if path.name != "wandb"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(number, code, tmp_path):
-    overrides = [*QUICK, *SMALL_DDPM, "trainer.max_epochs=100000", "hydra.run.dir=here", "model/lr_scheduler=constant"]
+def signalled(number, command, tmp_path, beyond=0):
+    """Sends a signal once a checkpoint of a later step is there: (exit code, what was printed, the checkpoint's step)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, env=environment, text=True,
+        [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "here" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+    checkpoint, deadline = tmp_path / "here" / "checkpoints" / "last.ckpt", time.monotonic() + 120
+
+    def step():
+        return torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.exists() else 0
+
+    while step() <= beyond and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "interrupted at step" in output
-    assert "Traceback" not in output
-    step = torch.load(tmp_path / "here" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    (at,) = re.findall(r"interrupted at step (\d+);", output)
-    assert int(at) >= step  # more, if it came in a validation
-    (said,) = (line for line in output.splitlines() if "ckpt=last" in line)
-    again = shlex.split(said)[2:]
-    again[again.index("trainer.max_epochs=100000")] = f"trainer.max_epochs={step // 11 + 2}"
-    done = command(*again, cwd=tmp_path)
+    return process.returncode, output, step()
+
+
+def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_path):
+    """First Ctrl-C, then SIGTERM, then to the end."""
+    command_line = [*QUICK, *SMALL_DDPM, "trainer.max_epochs=100000", "hydra.run.dir=here", "model/lr_scheduler=constant"]
+    step = 0
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        begun = step
+        returned, output, step = signalled(number, command_line, tmp_path, begun)
+        assert returned == code
+        assert "Traceback" not in output
+        assert (f"continuing from {tmp_path}/here/checkpoints/last.ckpt" in output) == (begun > 0)
+        (at,) = re.findall(r"interrupted at step (\d+);", output)
+        assert int(at) >= step > begun  # more, if it came in a validation
+        (said,) = (line for line in output.splitlines() if "ckpt=last" in line)
+        command_line = shlex.split(said)[2:]
+    command_line[command_line.index("trainer.max_epochs=100000")] = f"trainer.max_epochs={step // 11 + 2}"
+    done = command(*command_line, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"continuing from {tmp_path}/here/checkpoints/last.ckpt" in done.stdout
     assert result(tmp_path / "here")["step"] == (step // 11 + 2) * 11
 
 
-def test_a_profiler_says_what_it_found(tmp_path):
-    done = command(*QUICK, "model=vae", "logger=csv", "trainer.max_epochs=1", "+trainer.profiler=simple", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "FIT Profiler Report" in done.stdout
-    assert "optimizer_step" in done.stdout
+def test_a_profiler_says_what_it_found(tmp_path, caplog):
+    run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "+trainer.profiler=simple")
+    assert "FIT Profiler Report" in caplog.text
+    assert "optimizer_step" in caplog.text
 
 
 def test_config_is_checked_against_the_data(tmp_path):

@@ -68,11 +68,13 @@ def _heed_ctrl_c():
     ("stop", "batch", "goes_on_at"),
     [
         (ctrl_c, 3, 4),  # digits have 11 batches an epoch, and here a validation after 4 and 8 of them
+        (ctrl_c, 14, 15),  # behind a step that is logged
         (ctrl_c, 16, 17),
         (ctrl_c, 21, 22),
         (interrupted_at_once, 16, 16),
         (interrupted_at_once, 11, 11),
         (killed, 18, 15),  # what the last validation saved is all there is
+        (killed, 29, 26),  # and not the row of step 28
     ],
 )
 def test_mid_epoch_is_exact(stop, batch, goes_on_at, uninterrupted, tmp_path, monkeypatch):
@@ -117,3 +119,46 @@ def test_another_batch_size_is_refused_amid_an_epoch_and_taken_at_its_end(tmp_pa
     run_here(tmp_path / "end", "model=vae", "logger=csv", "trainer.max_epochs=1")
     run_here(tmp_path / "end", "model=vae", "logger=csv", "data.batch_size=64", "ckpt=last")
     assert last(tmp_path / "end")["global_step"] == 11 + 22
+
+
+def test_another_batch_size_is_refused_behind_the_first_batch_too(tmp_path, monkeypatch):
+    usual, count = VAELightningModule.training_step, itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(VAELightningModule, "training_step", lambda *args: (next(count) == 11 and ctrl_c(), usual(*args))[1])
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            run_here(tmp_path, *COMMON)
+    assert last(tmp_path)["global_step"] == 12
+    with pytest.raises(SettingError, match="amid an epoch"):
+        run_here(tmp_path, *COMMON, "data.batch_size=64", "ckpt=last")
+
+
+def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_amid_one_stay(tmp_path, monkeypatch):
+    accumulate = (
+        *COMMON[:-1],
+        "+trainer.val_check_interval=6",
+        "trainer.accumulate_grad_batches=4",
+        "trainer.log_every_n_steps=1",
+    )
+    run_here(tmp_path / "whole", *accumulate)
+    steps = [(int(row["step"]), row["train/loss"] != "") for row in rows(tmp_path / "whole") if not row["test/elbo"]]
+    assert steps[:6] == [(0, True), (1, False), (1, True), (2, True), (3, True), (4, False)]
+    usual, count = VAELightningModule.training_step, itertools.count()
+
+    def stops(self, *args):
+        if next(count) == 8:
+            raise RuntimeError
+        return usual(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VAELightningModule, "training_step", stops)
+        with pytest.raises(RuntimeError):
+            run_here(tmp_path / "parts", *accumulate)
+    run_here(tmp_path / "parts", *accumulate, "ckpt=last")
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(tmp_path / "whole")]
+
+
+def test_a_finished_run_that_is_started_again_has_one_row_of_its_test(tmp_path):
+    run_here(tmp_path, *COMMON, "trainer.max_epochs=1")
+    before = rows(tmp_path)
+    run_here(tmp_path, *COMMON, "trainer.max_epochs=1", "ckpt=auto")
+    assert rows(tmp_path) == before

@@ -55,6 +55,7 @@ def test_a_job_is_requeued_from_where_it_was_and_stops_where_all_ranks_are(tmp_p
     for process in first:
         process.send_signal(signal.SIGUSR1)
     said = [process.communicate(timeout=60)[0] for process in first]
+    assert [process.returncode for process in first] == [143, 0]
     assert (tmp_path / "told").read_text() == "requeue 4242\n"
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     assert f"SLURM job 4242 is put back in the queue at step {step}\n" in said[0]
