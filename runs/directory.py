@@ -5,14 +5,42 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from runs.build import SettingError
 
 CONFIG, RESULT, LAST, BEST = "config.yaml", "result.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+LOCK, WAIT = ".lock", 10.0  # seconds: the workers of a killed job notice after five, and keep what it held until then
 FORMAT = 1  # of checkpoints: raised when what they hold changes its meaning
+
+
+class HeldElsewhere(SettingError):
+    """Another process is running the job of this directory."""
+
+
+@contextmanager
+def hold(directory: Path) -> Iterator[None]:
+    """Keeps a run directory for this process, for the block; the system lets go of it however the process ends.
+
+    Raises:
+        HeldElsewhere: if another process keeps it still after ``WAIT``.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / LOCK, timeout=WAIT, is_singleton=True)  # a sweep's job is a run, which asks again
+    try:
+        lock.acquire()
+    except Timeout:
+        raise HeldElsewhere(
+            f"hydra.run.dir={directory} holds a run that another process is at: wait for its end, or choose another directory"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def claim(directory: Path, continuing: bool) -> None:

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from runs.directory import (
     RESULT,
     claim,
     find_checkpoint,
+    hold,
     read_checkpoint,
     same_batches,
     same_model,
@@ -54,9 +56,15 @@ def run(cfg: DictConfig) -> float:
     Raises:
         SettingError: for a setting that cannot work, before training.
     """
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    with nullcontext() if is_child_rank() else hold(directory):
+        return run_in(directory, cfg)
+
+
+def run_in(directory: Path, cfg: DictConfig) -> float:
+    """Runs the job in a directory that is held for it."""
     started = time.monotonic()
     quiet_libraries()
-    directory = Path(HydraConfig.get().runtime.output_dir)
     config = plain(cfg)
     checkpoint, step = choose_checkpoint(cfg, config, directory)
     check_settings(cfg)

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from runs.directory import LAST, RESULT, first_free, write_json
+from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, write_json
 from runs.entry import INTERRUPTED, sentence, start
 from runs.identity import digest, job_name
 from runs.relaunch import one_job
@@ -72,18 +72,28 @@ def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float |
     Returns:
         The job's objective; ``None`` for a job that failed, which ends neither the sweep nor the other jobs.
     """
-    hydra = HydraConfig.get()
-    sweep, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    sweep = Path(HydraConfig.get().runtime.output_dir)
     directory = sweep / job_name(cfg)
-    state, reason = read_state(directory)
-    if cfg.sweep.fresh and directory.exists():
-        _move_aside(directory)
-        state = "new"
+    try:
+        if cfg.sweep.fresh and directory.exists():
+            with hold(directory):
+                _move_aside(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with hold(directory):
+            return _run_held(cfg, run, sweep, directory)
+    except HeldElsewhere:
+        print(f"job {directory.name} is left to the process that runs it", flush=True)
+        return None
+
+
+def _run_held(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Path, directory: Path) -> float | None:
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    state, _ = read_state(directory)
     if state == "done":
         return json.loads((directory / RESULT).read_text()).get("objective")
     if state == "failed" and not cfg.sweep.retry_failed:
         return None
-    directory.mkdir(parents=True, exist_ok=True)
     write_state(directory, "running", overrides)
     with flag_override(hydra, ["readonly", "struct"], False):
         hydra.runtime.output_dir = str(directory)

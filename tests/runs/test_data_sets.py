@@ -6,6 +6,7 @@ import pytest
 
 from tests.data_files import pictures, write_cifar10, write_folder, write_idx, write_svhn
 from tests.jobs import QUICK, command, result, run_here
+from tests.runs.ranks import RECORD, assert_ranks_agree
 
 UNET = (
     "model.network.base_channels=4", "model.network.channel_multipliers=[1,1]", "model.network.num_res_blocks=1",
@@ -49,21 +50,28 @@ def test_it_trains_and_is_scored(data, overrides, tmp_path):
 
 
 def test_two_ranks_on_cifar10_are_one_run_with_the_figures_of_one(data, tmp_path):
-    """The mission's command, on CPU ranks and with a small U-Net: one output directory, the same val/bpd."""
-    figures = {}
-    for devices in (1, 2):
-        cwd = tmp_path / str(devices)
-        cwd.mkdir()
-        done = command(
-            "model=ddpm", "data=cifar10", f"paths.data_dir={data}", "data.num_val=21", "data.batch_size=16", *QUICK[0:1],
-            *QUICK[2:], *UNET, *STEPS, f"trainer.devices={devices}", cwd=cwd,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        (run,) = (path for path in (cwd / "outputs").glob("*/*") if path.parent.name != "wandb")
-        assert run.name.endswith("-ddpm-cifar10")
-        with (run / "metrics.csv").open() as file:
-            figures[devices] = [float(row["val/bpd"]) for row in csv.DictReader(file) if row["val/bpd"]]
-        figures[devices].append(result(run)["metrics"]["test/bpd"])
-        assert result(run)["devices"] == devices
-    assert len(figures[1]) == 3
-    assert figures[1] == pytest.approx(figures[2], abs=1e-4)
+    """The mission's command, on CPU ranks and with a small U-Net: one output directory, one W&B run, the same val/bpd."""
+    settings = (
+        "model=ddpm", "data=cifar10", f"paths.data_dir={data}", "data.num_val=21", "data.batch_size=16", *UNET, *STEPS,
+        "model.network.dropout=0.3",
+    )  # fmt: skip
+    run_here(tmp_path / "alone", *settings, "logger=csv")
+    done = command(*QUICK[:1], *QUICK[2:], *settings, *RECORD, "trainer.devices=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (path for path in (tmp_path / "outputs").glob("*/*") if path.parent.name != "wandb")
+    assert run.name.endswith("-ddpm-cifar10")
+    assert_ranks_agree(run)
+    assert len(list((tmp_path / "outputs" / "wandb").glob("offline-run-*"))) == 1
+    one, two = scores(tmp_path / "alone" / "run"), scores(run)
+    assert len(one["val/bpd"]) == 2
+    assert two["val/bpd"] == pytest.approx(one["val/bpd"], abs=1e-4)
+    assert two["images_seen"] == one["images_seen"] == [6 * 16, 12 * 16]
+    assert result(run)["metrics"]["test/bpd"] == pytest.approx(result(tmp_path / "alone/run")["metrics"]["test/bpd"], abs=1e-4)
+    assert result(run)["devices"] == 2
+
+
+def scores(run):
+    """{name: values} of the rows of validation."""
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/bpd"]]
+    return {name: [float(row[name]) for row in rows] for name in ("val/bpd", "images_seen")}

@@ -17,7 +17,6 @@ import yaml
 
 from runs.build import SettingError
 from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result, run_here
-from tests.runs.ranks import RECORD, assert_ranks_agree
 
 MODELS = {"vae": ("model=vae",), "mhvae": ("model=mhvae",), "ddpm": SMALL_DDPM}
 TERMS = ("bpd", "elbo", "reconstruction", "prior", "matching")
@@ -207,27 +206,6 @@ def test_what_hydra_refuses_is_one_line_too(override, words, tmp_path):
     assert line.startswith("error: ")
     assert all(word in line for word in words)
     assert not list(tmp_path.rglob("config.yaml"))
-
-
-def test_two_ranks_are_one_run_with_the_figures_of_one_rank(tmp_path):
-    common = [*QUICK[0:1], *QUICK[2:], *SMALL_DDPM, "model.network.dropout=0.3", "model.num_steps=20"]  # more than val_calls
-    figures = {}
-    for devices in (1, 2):
-        cwd = tmp_path / str(devices)
-        cwd.mkdir()
-        done = command(*common, *RECORD, f"trainer.devices={devices}", cwd=cwd)
-        assert done.returncode == 0, done.stderr
-        (run,) = (cwd / "outputs").glob("*/*-ddpm-digits")
-        assert_ranks_agree(run, devices)
-        assert len(list((cwd / "outputs" / "wandb").glob("offline-run-*"))) == 1
-        with (run / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        figures[devices] = [float(row["val/bpd"]) for row in rows if row["val/bpd"]]
-        assert [float(row["images_seen"]) for row in rows if row["val/bpd"]] == [11 * 128, 22 * 128]
-        figures[devices].append(result(run)["metrics"]["test/bpd"])
-        assert result(run)["devices"] == devices
-    assert len(figures[1]) == 3
-    assert figures[1] == pytest.approx(figures[2], abs=1e-4)
 
 
 def test_torchrun_starts_one_run_and_ckpt_auto_goes_on_with_it(tmp_path):

@@ -1,0 +1,84 @@
+"""A run directory belongs to one process at a time, however that one ends."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from runs import directory as directories
+from runs.build import SettingError
+from runs.directory import hold
+from runs.identity import job_name
+from runs.sweep import run_in_sweep
+from tests.jobs import ROOT, configure, run_here
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from runs.directory import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def elsewhere():
+    """Calls ``elsewhere(directory)``: another process that holds it by now."""
+    begun = []
+
+    def begin(directory):
+        begun.append(subprocess.Popen([sys.executable, "-c", HOLDER, directory], cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        assert begun[-1].stdout.readline() == "held\n"
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def _at_once(monkeypatch):
+    monkeypatch.setattr(directories, "WAIT", 0.0)
+
+
+@pytest.mark.usefixtures("_at_once")
+def test_two_processes_are_never_at_one_run_and_nothing_of_it_is_touched(elsewhere, tmp_path):
+    run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    elsewhere(tmp_path / "run")
+    for again in ("ckpt=last", "ckpt=auto"):
+        with pytest.raises(SettingError, match=r"hydra\.run\.dir=.*another process is at"):
+            run_here(tmp_path, "model=vae", "logger=csv", again)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_killed_process_holds_nothing_and_one_that_ends_soon_is_waited_for(elsewhere, tmp_path):
+    process = elsewhere(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    with hold(tmp_path), hold(tmp_path):  # a job of a sweep asks twice
+        pass
+    elsewhere(tmp_path)
+
+
+@pytest.mark.usefixtures("_at_once")
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_sweep_leaves_a_job_to_the_process_that_runs_it(fresh, elsewhere, tmp_path, capsys):
+    cfg = configure(tmp_path, "model=vae", f"sweep.fresh={fresh}")
+    job = tmp_path / "run" / job_name(cfg)
+    job.mkdir()
+    (job / "job.json").write_text("as it was")
+    process, ran = elsewhere(job), []
+    assert run_in_sweep(cfg, ran.append) is None
+    assert capsys.readouterr().out == f"job {job.name} is left to the process that runs it\n"
+    assert not ran
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [job.name]
+    assert (job / "job.json").read_text() == "as it was"
+    process.kill()
+    process.wait()
+    run_in_sweep(cfg, ran.append)
+    assert len(ran) == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [job.name, f"{job.name}-before-1"][: 1 + fresh]
