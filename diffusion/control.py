@@ -97,7 +97,7 @@ class Control:
         steps = word.sum().expand(levels).clone()
         if self.lattice is None:
             return first, steps
-        place = to_unit(torch.arange(levels, device=process.betas.device), levels).to(process.betas.dtype)
+        place = to_unit(torch.arange(levels, device=process.betas.device), levels, process.betas.dtype)
         for t in (self.factors[:, 1] != 0).nonzero().flatten().tolist():
             density, log_p = self._posteriors(t, place)
             if t == 1:

@@ -22,6 +22,21 @@ class Parameterization(ABC):
     """Turns the network's output at (x_t, t) into x̂_0."""
 
     outputs_per_channel: int = 1
+    least_signal: float = 0.0  # of √ᾱ_T, whose inverse, squared in the KL, float32 must hold
+
+    def check(self, process: GaussianDiffusion) -> None:
+        """Refuses a chain on which x̂_0 cannot be worked out.
+
+        Raises:
+            ValueError: if √ᾱ_T is below ``least_signal``.
+        """
+        signal = process.sqrt_alpha_bar[-1].item()
+        if signal < self.least_signal:
+            raise ValueError(
+                f"model/parameterization={type(self).__name__.lower()} divides by sqrt(alpha_bar_T), which this schedule lets "
+                f"fall to {signal:.1e} in num_steps={process.num_steps}: choose model/parameterization=x0, or a schedule or "
+                f"number of steps that ends above {self.least_signal:.0e}"
+            )
 
     @abstractmethod
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
@@ -48,6 +63,8 @@ class Parameterization(ABC):
 
 class Epsilon(Parameterization):
     """The network predicts the noise: x̂_0 = (x_t - √(1 - ᾱ_t) ε_θ)/√ᾱ_t (Ho et al. 2020)."""
+
+    least_signal = 1e-16
 
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """See :meth:`Parameterization.x0`."""
@@ -100,8 +117,8 @@ class Lattice(Parameterization):
 
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """See :meth:`Parameterization.x0`; always inside [-1, 1]."""
-        probabilities = self._logits(output, x_t, t, process).softmax(1)
-        return torch.einsum("blchw,l->bchw", probabilities, self._positions(probabilities))
+        logits = self._logits(output, x_t, t, process)
+        return self.categorical.expectation(logits, self._positions(logits))
 
     def likelihood_params(self, output: Tensor, x_1: Tensor, process: GaussianDiffusion, clip: bool) -> Tensor:
         """Returns the logits of P at t = 1: (B, L·C, H, W)."""
@@ -109,7 +126,7 @@ class Lattice(Parameterization):
         return self._logits(output, x_1, first, process).flatten(1, 2)
 
     def _positions(self, like: Tensor) -> Tensor:
-        return to_unit(torch.arange(self.levels, device=like.device), self.levels).to(like.dtype)
+        return to_unit(torch.arange(self.levels, device=like.device), self.levels, like.dtype)
 
     def _logits(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """f_θ + ln q(x_t | level) up to a constant: (B, L, C, H, W)."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffusion.process import GaussianDiffusion
 from losses.draws import randn_like
+from losses.gaussian import full_precision
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Move:
 
     def __call__(self, x0_hat: Tensor, x_t: Tensor, clip: bool = False) -> Tensor:
         """Draws x_s: x0_hat (B, *), clamped to [-1, 1] if ``clip``, x_t (B, *) -> (B, *)."""
+        x0_hat = full_precision(x0_hat)
         scaled = x0_hat.clamp(-1, 1).mul_(self.x0) if clip else self.x0 * x0_hat
         mean = scaled.add_(x_t, alpha=self.xt)
         return mean.add_(randn_like(mean), alpha=self.std) if self.std else mean
@@ -55,8 +57,9 @@ def ancestral(process: GaussianDiffusion) -> list[Move]:
 def ddim_move(process: GaussianDiffusion, t: int, s: int, eta: float) -> Move:
     """Returns DDIM's move from x_t to x_s, T ≥ t > s ≥ 0."""
     signal, before = process.alpha_bar[t].item(), process.alpha_bar[s].item()
-    variance = eta**2 * (1 - before) / (1 - signal) * (1 - signal / before)
-    xt = (max(0.0, 1 - before - variance) / (1 - signal)) ** 0.5
+    noise, noise_before = process.noise_std[t].item() ** 2, process.noise_std[s].item() ** 2  # 1 - ᾱ loses digits near 0
+    variance = eta**2 * noise_before / noise * (noise - noise_before) / before
+    xt = (max(0.0, noise_before - variance) / noise) ** 0.5
     return Move(t, s, before**0.5 - xt * signal**0.5, xt, variance**0.5)
 
 

@@ -42,7 +42,7 @@ def check_betas(betas: Tensor, name: str, advice: str) -> Tensor:
 def linear(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = True) -> Tensor:
     """β_t = linspace(beta_start, beta_end, T), both ends times 1000/T when ``rescale`` (Ho et al. 2020, T = 1000).
 
-    Rescaled, ᾱ_T stays small for every T, but β_T = 20/T reaches 1 at T = 20: smaller T are refused.
+    Rescaled, ᾱ_T stays small for every T, but β_T = 20/T reaches 1 at T = 20: T ≤ 20 are refused.
     """
     check_num_steps(num_steps)
     stretch = 1000 / num_steps if rescale else 1.0

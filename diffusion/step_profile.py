@@ -33,7 +33,7 @@ class StepProfile(nn.Module):
     def record(self, t: Tensor, step_kl: Tensor) -> None:
         """Adds draws of KL_t: t (B,), step_kl (B,) nats; entries at t < 2 are ignored later."""
         if self._sums is None:
-            self._sums = torch.zeros(2, len(self.proposal), device=t.device)
+            self._sums = torch.zeros(2, len(self.proposal), dtype=torch.float32, device=t.device)
         self._sums[0].index_add_(0, t, step_kl.float().square())
         self._sums[1].index_add_(0, t, torch.ones_like(step_kl, dtype=torch.float32))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation.estimators import LEAST_REPLICATES, Estimator, Prepared, terms_of
+from evaluation.estimators import LEAST_REPLICATES, MOST_CALLS, Estimator, Prepared, terms_of
 from evaluation.profile import StepMoments, measure_steps
 from evaluation.setting import Setting
 from evaluation.statistics import Figure, figure
@@ -34,6 +34,7 @@ class Bound:
         order: which images, (N,).
         prepared: the estimator.
         replicates: R independent estimates of each image.
+        enough: R that would have given the wished precision, if it was missed and R not set.
         moments: the steps of a DDPM, measured on a few images, or ``None``.
         pilot_calls: network calls spent before the evaluation, over all images.
         interrupted: whether Ctrl-C cut it short: then N is what was finished.
@@ -44,6 +45,7 @@ class Bound:
     order: Tensor
     prepared: Prepared
     replicates: int
+    enough: int | None
     moments: StepMoments | None
     pilot_calls: int
     interrupted: bool
@@ -83,7 +85,7 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
         trial.calls += moments.calls
     prepared = estimator.prepare(model, moments, trial)
     replicates = cfg.replicates or LEAST_REPLICATES
-    if cfg.replicates is None and prepared.calls < getattr(model, "num_steps", 2):  # a pilot of every step costs too much
+    if cfg.replicates is None and prepared.calls <= MOST_CALLS:  # a pilot of hundreds of steps would cost too much
         replicates = trial.replicates(prepared)
     rows = setting.rows(replicates, "bound")
     title = f"{cfg.split} set: {len(rows.order)} images x {replicates} replicates x {prepared.calls} network calls"
@@ -96,4 +98,6 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     values = terms @ torch.tensor([1.0, -1.0, -1.0], dtype=terms.dtype)
     figures = {name: figure(terms[..., i], groups) for i, name in enumerate(("reconstruction", "prior", "matching"))}
     figures["elbo"] = figure(values, groups)
-    return Bound(figures, values, order, prepared, replicates, moments, trial.calls, interrupted)
+    over = nats_to_bits_per_dim(figures["elbo"].se_noise, model.num_dims) / cfg.precision
+    enough = math.ceil(replicates * over**2) if cfg.replicates is None and over > 1 else None
+    return Bound(figures, values, order, prepared, replicates, enough, moments, trial.calls, interrupted)

@@ -63,11 +63,12 @@ def steps_record(moments: StepMoments, model: LikelihoodModule) -> dict[str, Any
 def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
     """Returns the table of the terms with their errors: over images, and of the estimate's noise."""
     state = f"interrupted: {len(bound.order)} images so far; " if bound.interrupted else ""
+    missed = f"; for the wished precision of the noise: replicates={bound.enough}" if bound.enough else ""
     table = Table(
         title=title,
         title_justify="left",
         caption=f"{state}{bound.prepared.description}; {bound.replicates} replicates of {len(bound.order)} images; "
-        "± standard errors: of other images (images), of another seed (noise)",
+        f"± standard errors: of other images (images), of another seed (noise){missed}",
         caption_justify="left",
     )
     unit = "nats/image" if model.levels is not None else "nats (log-density)"

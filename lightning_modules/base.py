@@ -101,6 +101,11 @@ class LikelihoodModule(LightningModule, ABC):
         channels, height, width = self.image_shape
         return channels * height * width
 
+    @property
+    def likelihood_dtype(self) -> torch.dtype:
+        """What images and latents are held in: float32, or float64 in a float64 model."""
+        return torch.promote_types(torch.float32, self.dtype)
+
     @abstractmethod
     def elbo(self, x: Tensor) -> Elbo:
         """Returns an unbiased estimate of the real bound: x uint8 (B, C, H, W) (float for continuous data)."""
@@ -134,8 +139,7 @@ class LikelihoodModule(LightningModule, ABC):
 
     def to_unit(self, x: Tensor) -> Tensor:
         """Maps levels to [-1, 1]; continuous data stays as it is. float32, or float64 in a float64 model."""
-        x = x if self.levels is None else to_unit(x, self.levels)
-        return x.to(torch.promote_types(torch.float32, self.dtype))
+        return x.to(self.likelihood_dtype) if self.levels is None else to_unit(x, self.levels, self.likelihood_dtype)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Sets Lightning's count of steps, which numbers the rows of validation: resumed amid an epoch it may be too high."""

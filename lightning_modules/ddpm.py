@@ -85,6 +85,7 @@ class DDPMLightningModule(LikelihoodModule):
                 )
         self.likelihood = parameterization.likelihood(self.levels)
         self.process = GaussianDiffusion(schedule(num_steps), variance)
+        parameterization.check(self.process)
         self.parameterization, self.weighting, self.timestep_sampler = parameterization, weighting, timestep_sampler
         self.sampler = sampler
         sampler(self.process)  # refuses what does not suit it
@@ -107,8 +108,13 @@ class DDPMLightningModule(LikelihoodModule):
                 unbiased. ``None`` sums over every t with one noise draw for each.
             proposal: p_t for t = 0..T, (T + 1,), zero for t < 2; by default the one learned in training.
             control: takes noise out of a few calls' estimate; not used when every t is summed.
+
+        Raises:
+            ValueError: if ``calls`` leaves none for t > 1.
         """
         x0 = self.to_unit(x)
+        if calls is not None and calls < 2:
+            raise ValueError(f"calls={calls} must be at least 2 (one for t = 1, the rest above it), or None for all steps")
         if calls is None or calls >= self.num_steps:
             matching, control = self._every_step_kl(x0).sum(0), None
         else:
@@ -190,7 +196,7 @@ class DDPMLightningModule(LikelihoodModule):
 
         The bound is the one of the ancestral sampler's images; another sampler's have none.
         """
-        x_t = torch.randn(num, *self.image_shape, device=self.device)
+        x_t = torch.randn(num, *self.image_shape, device=self.device, dtype=self.likelihood_dtype)
         for move in self.sampler(self.process):
             output = self.network(x_t, torch.full((num,), move.t, device=self.device))
             x0_hat = self.parameterization.x0(output, x_t, move.t, self.process)

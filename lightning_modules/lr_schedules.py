@@ -31,7 +31,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Rises linearly over ``warmup_steps``, then falls as half a cosine to ``final_fraction`` at the last step.
+    """Rises linearly over ``warmup_steps``, then falls as half a cosine, to reach ``final_fraction`` when training is over.
 
     Raises:
         ValueError: if the length of training is unknown, when called.

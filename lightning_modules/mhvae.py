@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_modules.base import LikelihoodModule, build
 from lightning_modules.posteriors import Factory, Level, build_transitions, log_weight
 from lightning_modules.vae import check_beta, check_likelihood
-from losses import DiagGaussian, Elbo, Likelihood
+from losses import Elbo, Likelihood
 
 
 class MHVAELightningModule(LikelihoodModule):
@@ -89,7 +89,7 @@ class MHVAELightningModule(LikelihoodModule):
 
     def sample(self, num: int, mean: bool = False) -> Tensor:
         """See :meth:`LikelihoodModule.sample`."""
-        z = DiagGaussian.standard(torch.empty(num, self.latent_dim, device=self.device)).sample()
+        z = torch.randn(num, self.latent_dim, device=self.device, dtype=self.likelihood_dtype)
         for transition in reversed(self.generative):
             z = transition(z).sample()
         params = self.decoder(z)

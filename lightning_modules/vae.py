@@ -86,7 +86,7 @@ class VAELightningModule(LikelihoodModule):
 
     def sample(self, num: int, mean: bool = False) -> Tensor:
         """See :meth:`LikelihoodModule.sample`."""
-        params = self.decoder(torch.randn(num, self.latent_dim, device=self.device))
+        params = self.decoder(torch.randn(num, self.latent_dim, device=self.device, dtype=self.likelihood_dtype))
         return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
 
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def kl_per_dim(q: DiagGaussian, p: DiagGaussian) -> Tensor:
     """Returns KL(q ‖ p) of each dimension, in nats: (B, *)."""
     log_scale = q.log_std - p.log_std  # ln(σ_q / σ_p)
     shift = (q.mean - p.mean) * torch.exp(-p.log_std)
-    # ½(e^{2a} - 1) - a with expm1: equal variances give exactly 0, nearly equal ones lose no digits
+    # ½(e^{2a} - 1) - a with expm1: equal variances give exactly 0, and others a rounding of a itself, not of 1
     return 0.5 * (shift.square() + torch.expm1(2 * log_scale)) - log_scale
 
 

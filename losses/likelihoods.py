@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.elementary import log1mexp
+from losses.elementary import log1mexp, log_normal_cdf
 from losses.gaussian import DiagGaussian, full_precision, sum_except_batch
 
 
-def to_unit(x: Tensor, levels: int = 256) -> Tensor:
-    """Maps levels to [-1, 1]: k -> 2k/(levels-1) - 1, in float32 (floating input keeps its dtype)."""
+def to_unit(x: Tensor, levels: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Maps levels to [-1, 1]: k -> 2k/(levels-1) - 1, integers as numbers of ``dtype`` (floating input keeps its own)."""
     half = (levels - 1) / 2  # exact in floating point, so that level 0 is exactly -1 and L-1 exactly 1
-    return (x - half if x.is_floating_point() else x.float().sub_(half)).div_(half)
+    return (x - half if x.is_floating_point() else x.to(dtype).sub_(half)).div_(half)
 
 
 def from_unit(x: Tensor, levels: int = 256) -> Tensor:
@@ -124,7 +124,13 @@ class Categorical:
     def mean(self, params: Tensor) -> Tensor:
         """Returns the level nearest to Σ_k P(k) k: uint8 (B, C, H, W)."""
         level = torch.arange(self.levels, device=params.device, dtype=full_precision(params).dtype)
-        return torch.tensordot(level, self.logits(params).softmax(1).movedim(1, 0), 1).round().to(torch.uint8)
+        return self.expectation(params, level).round().to(torch.uint8)
+
+    def expectation(self, params: Tensor, values: Tensor) -> Tensor:
+        """Returns Σ_k P(k) values_k of each pixel: (B, L·C, H, W) or (B, L, C, H, W), (L,) -> (B, C, H, W)."""
+        logits = params if params.ndim == 5 else self.logits(params)
+        # no matrix product: mixed precision would round the probabilities and the values to eight bits
+        return (logits.softmax(1) * values.view(-1, 1, 1, 1)).sum(1)
 
     def sample(self, params: Tensor) -> Tensor:
         """Draws a level for each pixel by the Gumbel-max trick: uint8 (B, C, H, W)."""
@@ -186,7 +192,7 @@ class DiscretizedGaussian(_Discretized):
     """N(mean, scale²) integrated over each level's bin (Ho et al. 2020, eq. 13). Params: mean, ln scale."""
 
     def _log_cdf(self, z: Tensor) -> Tensor:
-        return torch.special.log_ndtr(z)
+        return log_normal_cdf(z)
 
     def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
         flip = lower + upper > 0  # in the upper tail both cdfs round to 1: mirror the bin into the lower tail

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from losses import DiagGaussian
 from losses.gaussian import full_precision
-from networks.layers import ResBlock, group_norm, soft_clamp
+from networks.layers import ResBlock, group_norm, run_in_full_precision, soft_clamp
 
 # ln σ of q(z | x). Priors have σ near 1: e^-7 already spends 7 nats a dimension on precision, and e^3 covers the prior twenty
 # times over, so no useful posterior is cut off, while σ² and the KL stay finite in the first steps and when β = 0.
@@ -109,4 +109,4 @@ class ConvDecoder(nn.Module):
         h = self.stem(z)
         for size, block in zip(self.sizes, self.blocks, strict=True):
             h = block(F.interpolate(h, size=size, mode="nearest"))
-        return self.head(h)
+        return run_in_full_precision(self.head, h)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from losses import DiagGaussian
 from losses.gaussian import full_precision
 from networks.conv import LOG_STD_RANGE
-from networks.layers import Dropout, soft_clamp, timestep_embedding
+from networks.layers import Dropout, run_in_full_precision, soft_clamp, timestep_embedding
 
 
 def check_sizes(**sizes: int) -> None:
@@ -108,6 +108,9 @@ class PixelHead(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Returns the parameters: h (B, in_dim) -> (B, P·C, H, W)."""
+        return run_in_full_precision(self._params, h)
+
+    def _params(self, h: Tensor) -> Tensor:
         params = self.features(h)
         if self.shared is not None:
             features = params.unflatten(1, (self.shared.shape[1], -1))  # (B, K, C·H·W)

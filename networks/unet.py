@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.layers import ResBlock, group_norm, timestep_embedding, zeroed
+from networks.layers import ResBlock, group_norm, run_in_full_precision, timestep_embedding, zeroed
 
 
 class UNet(nn.Module):
@@ -108,7 +108,7 @@ class UNet(nn.Module):
             h = self._run(module, time, h)
         for module in self.up:
             h = self._run(module, time, h) if isinstance(module, Upsample) else self._run(module, time, h, kept.pop())
-        return self.head(h)
+        return run_in_full_precision(self.head, h)
 
     def _run(self, module: nn.Module, time: Tensor, *parts: Tensor) -> Tensor:
         """Runs a block on its parts, concatenated, and forgets what happens inside if activations are checkpointed."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusion import GaussianDiffusion, ancestral, cosine, ddim, large, linear, sigmoid, small
+from diffusion import GaussianDiffusion, ancestral, cosine, ddim, large, linear, log_snr_linear, sigmoid, small
 from diffusion.samplers import ddim_move
 
 SCHEDULES = pytest.mark.parametrize("betas", [linear(1000), linear(50), cosine(37), sigmoid(4), torch.tensor([0.3])])
@@ -78,3 +78,10 @@ def test_ddim_keeps_the_marginals_of_the_steps_that_it_visits(betas, eta, num_st
 def test_settings_out_of_range_are_refused_by_name(settings):
     with pytest.raises(ValueError, match=rf"model\.sampler\.{next(iter(settings))}="):
         ddim(GaussianDiffusion(linear(1000)), **settings)
+
+
+def test_ddim_loses_no_digits_where_there_is_hardly_any_noise():
+    """1 - ᾱ_1 is 3e-17 here, less than a rounding of ᾱ_1 = 1."""
+    process = GaussianDiffusion(log_snr_linear(50, log_snr_max=38.0))
+    for there, here in zip(ancestral(process), ddim(process, 50, eta=1.0), strict=True):
+        assert (here.x0, here.xt, here.std) == pytest.approx((there.x0, there.xt, there.std), rel=1e-6)

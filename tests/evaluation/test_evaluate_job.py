@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import evaluation.estimate
 import evaluation.extras
 from evaluation.flow import ProbabilityFlow
 from lightning_modules import VAELightningModule
@@ -175,6 +177,26 @@ def test_the_wished_precision_is_reached_and_decides_the_effort(runs, tmp_path):
         assert own["bpd_se_noise"] < 1.1 * precision
         spent.append(own["replicates"])
     assert 2 <= spent[0] < spent[1]
+
+
+def test_a_chain_of_few_steps_has_the_wished_precision_too(runs, tmp_path, capsys):
+    run, spent = runs.copy("short ddpm", tmp_path), []
+    for precision in (0.02, 0.01):
+        evaluate_here(run, f"precision={precision}", "evaluation=full", *QUICK)
+        assert record(run)["bpd_se_noise"] < 1.1 * precision
+        spent.append(record(run)["results"]["ema"]["replicates"])
+    assert 2 <= spent[0] < spent[1]
+    assert "wished precision" not in capsys.readouterr().out
+
+
+def test_where_a_pilot_would_cost_too_much_the_table_says_what_the_wished_precision_takes(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation.estimate, "MOST_CALLS", 29)
+    run = runs.copy("ddpm", tmp_path)
+    evaluate_here(run, "precision=0.004", "evaluation=full", "max_images=60", *QUICK)
+    assert record(run)["results"]["ema"]["replicates"] == 2
+    (enough,) = re.findall(r"wished\s+precision\s+of\s+the\s+noise:\s+replicates=(\d+)", capsys.readouterr().out)
+    noise = record(run)["bpd_se_noise"]
+    assert int(enough) == math.ceil(2 * (noise / 0.004) ** 2) > 2
 
 
 @pytest.mark.parametrize(("name", "estimator"), [("vae", "default"), ("short ddpm", "full")])

@@ -222,3 +222,44 @@ def test_pixels_are_scored_with_the_clamp_that_sampling_has():
 def test_too_few_calls_are_refused(calls):
     with pytest.raises(ValueError, match="val_calls"):
         ddpm(Epsilon(), num_steps=10, val_calls=calls)
+
+
+@pytest.mark.parametrize("schedule", [diffusion.linear, diffusion.cosine, partial(diffusion.log_snr_linear, log_snr_max=12)])
+def test_256_levels_cost_the_same_in_mixed_precision(schedule):
+    """x̂_0 is an average of 256 levels by probabilities: rounded to eight bits, it would cost up to 0.2 bits/dim."""
+    model = ddpm(Lattice(256), num_steps=100, levels=256, schedule=schedule)
+    nn.init.zeros_(model.network.conv.weight)
+    x, figures = torch.randint(0, 256, (64, 1, 4, 4)).to(torch.uint8), []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            figures.append(model.elbo(x).value.mean().item())
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(17)])
+def test_mixed_precision_walks_the_chain_in_float32(parameterization, monkeypatch):
+    model, seen = ddpm(parameterization, num_steps=5), set()
+    usual = model.network.forward
+    monkeypatch.setattr(model.network, "forward", lambda x_t, t: (seen.add(x_t.dtype), usual(x_t, t))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        model.sample(2)
+    assert seen == {torch.float32}
+
+
+def test_a_chain_whose_signal_vanishes_is_refused_where_noise_is_predicted():
+    schedule = partial(diffusion.constant, beta=0.2)
+    with pytest.raises(
+        ValueError, match=r"parameterization=epsilon divides by sqrt\(alpha_bar_T\).* 3.5e-49 in num_steps=1000"
+    ):
+        ddpm(Epsilon(), num_steps=1000, schedule=schedule)
+    x = torch.randint(0, 17, (8, 1, 4, 4)).to(torch.uint8)
+    for model in (ddpm(X0(), num_steps=1000, schedule=schedule), ddpm(Epsilon(), num_steps=325, schedule=schedule)):
+        model.objective(x.repeat(50, 1, 1, 1))[0].backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.network.parameters())
+
+
+@pytest.mark.parametrize("calls", [1, 0, -3])
+def test_calls_that_would_leave_the_matching_terms_out_are_refused(calls):
+    with pytest.raises(ValueError, match=f"calls={calls} must be at least 2"):
+        ddpm(X0(), num_steps=10).elbo(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), calls)

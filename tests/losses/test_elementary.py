@@ -1,7 +1,8 @@
+import mpmath
 import pytest
 import torch
 
-from losses.elementary import log1mexp
+from losses.elementary import log1mexp, log_normal_cdf
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -21,3 +22,20 @@ def test_log1mexp_and_its_gradient(dtype):
 
 def test_bins_narrower_than_rounding_cost_much_but_not_infinitely():
     assert log1mexp(torch.tensor([-0.0, -1e-30])).isfinite().all()
+
+
+@BOTH
+def test_ln_phi_has_the_gradient_of_its_tails(dtype):
+    places = torch.tensor([-1e6, -1e4, -1000.0, -40, -5, -1, 0, 1, 5, 12, 40, 1e6], dtype=dtype, requires_grad=True)
+    values = log_normal_cdf(places)
+    torch.testing.assert_close(values, torch.special.log_ndtr(places))
+    (gradient,) = torch.autograd.grad(values.sum(), places)
+    with mpmath.workdps(40):
+        right = [float(mpmath.npdf(z) / (mpmath.erfc(-z / mpmath.sqrt(2)) / 2)) for z in map(mpmath.mpf, places.tolist())]
+    torch.testing.assert_close(gradient.tolist(), right, rtol=16 * torch.finfo(dtype).eps, atol=1e-30)
+
+
+def test_ln_phi_has_the_gradients_of_finite_differences():
+    places = torch.linspace(-30, 8, 77, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(log_normal_cdf, places)
+    assert torch.autograd.gradgradcheck(log_normal_cdf, places)

@@ -1,5 +1,6 @@
 import math
 
+import mpmath
 import pytest
 import torch
 from scipy import stats
@@ -36,6 +37,44 @@ def test_probabilities_sum_to_one_with_finite_gradients(likelihood, levels, dtyp
     (gradient,) = torch.autograd.grad(log_prob.sum(), params)
     assert log_prob.isfinite().all()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("levels", [2, 3, 17, 256])
+@pytest.mark.parametrize("likelihood", DISCRETIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_output_however_wild_has_a_gradient_that_ends_a_run(likelihood, levels, dtype):
+    means = torch.tensor([-1e6, -1e4, -50, -1, -0.5, 0, 0.9, 1, 5, 1e4, 1e6], dtype=dtype)
+    params, x = all_levels(levels, torch.cartesian_prod(means, torch.linspace(-20, 20, 41, dtype=dtype)))
+    log_prob = likelihood(levels).log_prob(params, x)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), params)
+    assert log_prob.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("mean", "log_scale", "level"), [(0.5, -7, 0), (0, -9, 255), (0.9, -11, 200), (-0.3, -8, 1)])
+def test_a_gaussian_far_away_is_called_back_as_strongly_as_it_should_be(mean, log_scale, level):
+    params = torch.tensor([float(mean), log_scale]).view(1, 2, 1, 1).requires_grad_()
+    log_prob = DiscretizedGaussian(256).log_prob(params, torch.tensor(level, dtype=torch.uint8).view(1, 1, 1, 1))
+    (gradient,) = torch.autograd.grad(log_prob.sum(), params)
+    with mpmath.workdps(60):
+
+        def exact(m, s):
+            lower, upper = ((mpmath.mpf(2 * level - 255 + side) / 255 - m) * mpmath.exp(-s) for side in (-1, 1))
+            if level == 255:
+                return mpmath.log(mpmath.erfc(lower / mpmath.sqrt(2)) / 2)
+            below = mpmath.mpf(0) if level == 0 else mpmath.erfc(-lower / mpmath.sqrt(2))
+            return mpmath.log((mpmath.erfc(-upper / mpmath.sqrt(2)) - below) / 2)
+
+        m, s = (mpmath.mpf(value) for value in params.flatten().tolist())
+        right = [float(mpmath.diff(exact, (m, s), orders)) for orders in ((1, 0), (0, 1))]
+    assert gradient.flatten().tolist() == pytest.approx(right, rel=2e-3)
+
+
+def test_expected_levels_do_not_feel_mixed_precision():
+    params = torch.randn(2, 256, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = Categorical(256).mean(params)
+    assert torch.equal(mixed, Categorical(256).mean(params))
 
 
 @pytest.mark.parametrize("likelihood", DISCRETIZED)

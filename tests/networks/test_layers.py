@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from losses.draws import Rows, rows_of_global_batch
-from networks import Dropout, UNet
+from networks import ConvDecoder, Dropout, MLPDecoder, MLPDenoiser, UNet
 from networks.layers import group_norm, soft_clamp, timestep_embedding
 
 
@@ -92,3 +93,26 @@ def test_soft_clamp_stays_inside_and_keeps_the_middle():
     torch.testing.assert_close(out[middle], x[middle], atol=0.06, rtol=0)
     out.sum().backward()
     assert (x.grad > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (partial(UNet, (1, 8, 8), 2, 8, (1, 2), 1, ()), (torch.randn(4, 1, 8, 8), torch.arange(1, 5))),
+        (partial(MLPDenoiser, (1, 8, 8), 2, 32), (torch.randn(4, 1, 8, 8), torch.arange(1, 5))),
+        (partial(MLPDenoiser, (1, 8, 8), 17, 32), (torch.randn(4, 1, 8, 8), torch.arange(1, 5))),
+        (partial(MLPDecoder, (1, 8, 8), 3, 2), (torch.randn(4, 3),)),
+        (partial(ConvDecoder, (1, 8, 8), 3, 2, (8, 8)), (torch.randn(4, 3),)),
+    ],
+    ids=["unet", "denoiser", "lattice", "decoder", "conv decoder"],
+)
+def test_mixed_precision_does_not_round_what_a_network_ends_with(network, inputs):
+    """Its last layer still sees rounded features, but no number that it gives has eight bits."""
+    network = network()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(*inputs)
+    assert output.dtype == torch.float32
+    assert not torch.equal(output, output.bfloat16().float())
+    assert network.double()(*(x.double() if x.is_floating_point() else x for x in inputs)).dtype == torch.float64

@@ -90,6 +90,17 @@ def test_what_a_gpu_lacks_is_said_before_training(monkeypatch):
         make_trainer("tf32", accelerator="cpu", logger=False)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [VAE, ("model=mhvae", "logger=csv"), ("model=ddpm", "model.num_steps=6", "model.network.hidden_dim=16", "logger=csv")],
+)
+def test_a_run_in_double_precision_trains_is_tested_and_draws(model, tmp_path):
+    run_here(tmp_path, *model, "trainer.precision=64-true", "trainer.max_epochs=1")
+    assert (tmp_path / "run" / "samples" / "final.png").exists()
+    weights = checkpoint(tmp_path / "run")["state_dict"].values()
+    assert {value.dtype for value in weights if value.is_floating_point() and value.ndim > 1} == {torch.float64}
+
+
 @pytest.mark.parametrize("accelerator", [CPUAccelerator, CUDAAccelerator])
 def test_batches_for_a_gpu_are_pinned(accelerator, tmp_path):
     data = build_part(configure(tmp_path, *VAE).data)
