@@ -6,7 +6,7 @@ from callbacks.ema import EMA
 from callbacks.pictures import Pictures
 from callbacks.progress import LineProgress, progress_bar
 from callbacks.seeding import SeededBatches
-from callbacks.stopping import StopTogether
+from callbacks.stopping import StopsBehindBatches, StopTogether
 from callbacks.vitals import Vitals
 from callbacks.whole_steps import WholeSteps
 
@@ -18,6 +18,7 @@ __all__ = [
     "RunCheckpoint",
     "SeededBatches",
     "StopTogether",
+    "StopsBehindBatches",
     "Vitals",
     "WholeSteps",
     "all_finite",

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_modules.sharding import sharded_parts
+from callbacks.ema import EMA
+from lightning_modules.sharding import load_whole, sharded_parts
 
 
 def diverged(what: str, step: int) -> FloatingPointError:
@@ -38,6 +40,10 @@ class RunCheckpoint(ModelCheckpoint):
     A run that has diverged ends here, by its loss where that is logged, by its validation figure, or by its weights before they
     are written: what is on disk can be gone on from.
 
+    Attributes:
+        interrupted: whether training was, and last.ckpt is there to go on from.
+        kept_step: the step of last.ckpt.
+
     Args:
         dirpath: where they go.
         config: plain dict of the model's and the data's config; a resumed run compares it before it trains.
@@ -50,7 +56,32 @@ class RunCheckpoint(ModelCheckpoint):
             dirpath=dirpath, filename="best", monitor="val/elbo", mode="max", save_last=True, enable_version_counter=False
         )
         self.config, self.file_format = config, file_format
-        self.interrupted, self._looked_at = False, 0
+        self.interrupted, self.kept_step, self._looked_at = False, 0, 0
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self.kept_step = trainer.global_step
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Goes on from the weights that were trained, also where no callback averages them any more."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.kept_step = checkpoint["global_step"]
+        if "current_model_state" in checkpoint and not any(isinstance(callback, EMA) for callback in trainer.callbacks):
+            load_whole(pl_module, checkpoint["current_model_state"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the best figure so far if best.ckpt lies here: its directory may have been moved, another run's has another."""
+        here = Path(self.dirpath)
+        if not (here / f"{self.filename}{self.FILE_EXTENSION}").is_file():
+            return
+
+        def moved(path: str) -> str:
+            return str(here / Path(path).name) if path else path
+
+        paths = {name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
     @cached_property
     def state_key(self) -> str:
@@ -94,17 +125,23 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint["format"] = self.file_format
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes last.ckpt after Ctrl-C or SIGTERM.
+        """Writes last.ckpt after Ctrl-C or SIGTERM; one amid a validation has it done again, from its first batch.
 
-        Not in a validation, nor weights that are not finite, nor sharded ones, as gathering them would wait for ranks that the
-        signal did not reach: then the one of the validation before stays.
+        Not weights that are not finite, nor sharded ones, as gathering them would wait for ranks that the signal did not reach:
+        then the one of the validation before stays.
         """
         if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or not trainer.global_step:
             return
         last = Path(self.dirpath) / f"last{self.FILE_EXTENSION}"
-        writable = trainer.training and not sharded_parts(pl_module) and all_finite(pl_module.parameters())
+        writable = trainer.training or (trainer.validating and not trainer.sanity_checking)
+        writable = writable and not sharded_parts(pl_module) and all_finite(pl_module.parameters())
         if writable and rank_zero_only.rank == 0:
+            if trainer.validating:
+                progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+                progress.reset()
+                progress.total.ready = progress.total.started = 1  # how Lightning marks a validation that is to be finished
             # not trainer.save_checkpoint: its barrier would wait for ranks that the signal did not reach
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
+            self.kept_step = trainer.global_step
         self.interrupted = last.exists()

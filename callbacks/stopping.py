@@ -15,7 +15,34 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning_modules.sharding import sharded_parts
 
 
-class StopTogether(Checkpoint):
+class StopsBehindBatches(Checkpoint):
+    """Ends training where Lightning ends it at SIGTERM: behind a batch, and behind the validation that is due there.
+
+    Nowhere else do all of Lightning's counts agree, by which a resumed run knows where it goes on. It is a ``Checkpoint``,
+    because Lightning calls those after all other callbacks.
+
+    Attributes:
+        stopped_by: the signal that training was stopped by; 0 if it was not.
+    """
+
+    stopped_by = 0
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
+        self.stopped_by = number
+        trainer._signal_connector.received_sigterm = True  # looked at behind this batch
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets a validation that is due behind the last batch end: cut short, it would be done again."""
+        if self.stopped_by:
+            trainer._signal_connector.received_sigterm = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops behind it."""
+        if self.stopped_by:
+            trainer._signal_connector.received_sigterm = True
+
+
+class StopTogether(StopsBehindBatches):
     """Notes SIGTERM, and lets the ranks agree to stop where the loss is logged and the device is waited for anyway.
 
     Lightning broadcasts from within the handler, where ranks that the signal found in different places wait for each other
@@ -31,8 +58,7 @@ class StopTogether(Checkpoint):
 
     def __init__(self, requeue: bool = False) -> None:
         self.requeue = requeue
-        self._asked = self._agreed = 0  # the signal that this rank, that any rank, was sent
-        self._looked_at = 0
+        self._asked = self._looked_at = 0  # the signal that this rank was sent, and the step at which ranks last agreed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens in Lightning's place, whose handlers are set by now."""
@@ -59,32 +85,19 @@ class StopTogether(Checkpoint):
             return
         self._looked_at = step
         asked = torch.tensor(float(self._asked), device=pl_module.device)
-        self._agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
-        if self._agreed == signal.SIGINT:
-            pl_module.on_train_batch_end(outputs, batch, batch_idx)  # the step's row, which Lightning would ask for next
-            raise KeyboardInterrupt
-        if self._agreed:
-            trainer._signal_connector.received_sigterm = True  # looked at behind this batch, on every rank
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets a validation that is due behind the agreed batch end: cut short, it would leave the checkpoint before it."""
-        if self._agreed:
-            trainer._signal_connector.received_sigterm = False
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops behind it."""
-        if self._agreed:
-            trainer._signal_connector.received_sigterm = True
+        agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if agreed:
+            self._stop(trainer, agreed)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what is sharded, and puts a job of SLURM back in the queue."""
-        if not self._agreed:
+        if not self.stopped_by:
             return
         saver = trainer.checkpoint_callback
         if saver is not None and sharded_parts(pl_module):
             saver.interrupted = True
             trainer.save_checkpoint(Path(saver.dirpath) / f"last{saver.FILE_EXTENSION}")
-        if self._agreed == signal.SIGUSR1 and trainer.is_global_zero:
+        if self.stopped_by == signal.SIGUSR1 and trainer.is_global_zero:
             job = os.environ["SLURM_JOB_ID"]
             if "SLURM_ARRAY_JOB_ID" in os.environ:
                 job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

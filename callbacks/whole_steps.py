@@ -8,17 +8,16 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+
+from callbacks.stopping import StopsBehindBatches
 
 
-class WholeSteps(Checkpoint):
+class WholeSteps(StopsBehindBatches):
     """Holds the first Ctrl-C back until a step is complete, with its averages and figures; the second one is not held back.
 
-    Between two steps, too: Lightning's counts of batches, which say where a resumed run goes on, agree only behind a step. A
-    validation is cut off, but for one that Ctrl-C came just before, which ends first.
+    Between two steps, too. A validation is cut off, but for one that Ctrl-C came just before, which ends first.
 
-    Only on one device: of several, some might begin a step that the others do not join. It is a ``Checkpoint``, because
-    Lightning calls those after all other callbacks.
+    Only on one device: of several, some might begin a step that the others do not join.
     """
 
     def __init__(self) -> None:
@@ -44,33 +43,32 @@ class WholeSteps(Checkpoint):
         if self._usual is not None and signal.getsignal(signal.SIGINT) == self._hear:
             signal.signal(signal.SIGINT, self._usual)
 
-    def _stop(self) -> None:
-        """Does what Ctrl-C asked for."""
+    def _stop_if_asked(self, trainer: Trainer) -> None:
         if self._asked:
-            self._asked = False
-            raise KeyboardInterrupt
+            self._stop(trainer, signal.SIGINT)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops here, with the step's row, which Lightning would ask the module for next."""
-        if self._asked:
-            pl_module.on_train_batch_end(outputs, batch, batch_idx)
-            self._stop()
+        """Stops behind this batch."""
+        self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on Ctrl-C does not wait."""
+        """From here on Ctrl-C does not wait, if it has not come yet."""
+        super().on_validation_start(trainer, pl_module)
         self._held = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on it waits again. What was trained since the validation before is saved by now."""
+        """From here on it waits again."""
+        super().on_validation_end(trainer, pl_module)
         self._held = True
-        self._stop()
+        self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives Ctrl-C back."""
+        """Gives Ctrl-C back, which came behind the last batch if it came and nothing has stopped."""
         self._give_back()
-        self._stop()
+        if self._asked and not self.stopped_by:
+            raise KeyboardInterrupt
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives Ctrl-C back."""

@@ -28,27 +28,46 @@ class StepProfile(nn.Module):
         self.register_buffer("proposal", uniform_proposal(num_steps))
         # no buffers: DDP would overwrite every rank's sums by rank 0's
         self._sums: Tensor | None = None
+        self._fading = False  # whether the sums have been used, and fade before the next is added
 
     @torch.no_grad()
     def record(self, t: Tensor, step_kl: Tensor) -> None:
         """Adds draws of KL_t: t (B,), step_kl (B,) nats; entries at t < 2 are ignored later."""
         if self._sums is None:
             self._sums = torch.zeros(2, len(self.proposal), dtype=torch.float32, device=t.device)
+        if self._fading:
+            self._sums *= MEMORY
+            self._fading = False
         self._sums[0].index_add_(0, t, step_kl.float().square())
         self._sums[1].index_add_(0, t, torch.ones_like(step_kl, dtype=torch.float32))
 
     @torch.no_grad()
     def refresh(self, strategy) -> None:
-        """Makes the proposal from what all ranks recorded (``strategy.reduce`` sums over ranks); does nothing before that."""
+        """Makes the proposal from what all ranks recorded (``strategy.reduce`` sums over ranks); does nothing before that.
+
+        Twice in a row it makes the same. The sums of all ranks are rank 0's from here on, for its checkpoint to hold them.
+        """
         if self._sums is None:
             return
-        square, count = strategy.reduce(self._sums.clone(), reduce_op="sum")
-        self._sums *= MEMORY
+        square, count = total = strategy.reduce(self._sums.clone(), reduce_op="sum")
+        self._sums = total.clone() if strategy.is_global_zero else torch.zeros_like(total)
+        self._fading = True
         seen = (count[2:] > 0) & square[2:].isfinite()
         if not seen.any():
             return
         root = (square[2:] / count[2:].clamp(min=1e-12)).sqrt()
         self.proposal.copy_(proposal_from(torch.where(seen, root, root[seen].mean())))
+
+    def recorded(self) -> dict[str, object]:
+        """Returns what a resumed run needs beside the proposal: this rank's sums."""
+        return {"sums": self._sums, "fading": self._fading}
+
+    def restore(self, recorded: dict[str, object], strategy) -> None:
+        """Takes what :meth:`recorded` returned on rank 0."""
+        sums = recorded["sums"]
+        if sums is not None:
+            self._sums = (sums if strategy.is_global_zero else torch.zeros_like(sums)).to(self.proposal.device)
+        self._fading = recorded["fading"]
 
 
 def proposal_from(root_mean_squares: Tensor, uniform_share: float = UNIFORM_SHARE) -> Tensor:

@@ -141,6 +141,15 @@ class LikelihoodModule(LightningModule, ABC):
         """Maps levels to [-1, 1]; continuous data stays as it is. float32, or float64 in a float64 model."""
         return x.to(self.likelihood_dtype) if self.levels is None else to_unit(x, self.levels, self.likelihood_dtype)
 
+    def on_train_start(self) -> None:
+        """Trains with the optimiser's settings of this run: a checkpoint brings those that it was written with."""
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
+        scheduler.base_lrs = [settings["lr"] for settings in self._settings]
+        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Sets Lightning's count of steps, which numbers the rows of validation: resumed amid an epoch it may be too high."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
@@ -267,6 +276,9 @@ class LikelihoodModule(LightningModule, ABC):
     def configure_optimizers(self) -> dict[str, Any]:
         """Builds the optimiser and its learning rate by step."""
         optimizer = self.optimizer_factory(self.parameters())
+        self._settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         total = self.trainer.estimated_stepping_batches
         scheduler = LambdaLR(optimizer, lambda step: self.lr_factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

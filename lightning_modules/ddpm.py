@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion, Parameterization, ancestral, elbo, low_discrepancy, small
@@ -220,6 +221,15 @@ class DDPMLightningModule(LikelihoodModule):
     def on_validation_start(self) -> None:
         """Turns the steps' KLs seen in training into the proposal that validation draws t from."""
         self.step_profile.refresh(self.trainer.strategy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what the proposal of the next validation follows from."""
+        checkpoint["step_profile"] = self.step_profile.recorded()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with it where training goes on."""
+        if self.trainer.state.fn == TrainerFn.FITTING and "step_profile" in checkpoint:
+            self.step_profile.restore(checkpoint["step_profile"], self.trainer.strategy)
 
     def _log_likelihood(self, output: Tensor, x: Tensor, x_1: Tensor, clip: bool) -> Tensor:
         params = self.parameterization.likelihood_params(output, x_1, self.process, clip)

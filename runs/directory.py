@@ -151,6 +151,48 @@ def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None
             )
 
 
+def same_data(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+    """Refuses other images, or the same ones split otherwise: a test set that was trained on proves nothing.
+
+    Where they lie, how they are read and how many make a batch may change.
+
+    Raises:
+        SettingError: naming the first setting that differs.
+    """
+    free = {"root", "download", "batch_size", "seed", "num_workers", "prefetch", "verify", "max_memory_gb", "block_size"}
+    there = dict(flatten(theirs["data"], "data"))
+    for key, here in flatten({k: v for k, v in ours["data"].items() if k not in free | {"horizontal_flip", "flip"}}, "data"):
+        if there.get(key) != here:
+            raise SettingError(f"ckpt={path} was trained on other data: there {key}={there.get(key)}, here {key}={here}")
+
+
+def same_optimizer(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+    """Refuses another kind of optimiser, which cannot go on with the state of this one; its settings may change.
+
+    Raises:
+        SettingError: naming both.
+    """
+    there, here = (config["model"]["optimizer"]["_target_"] for config in (theirs, ours))
+    if there != here:
+        raise SettingError(
+            f"ckpt={path} was trained by {there}, here {here}, which has another state: keep model.optimizer._target_={there}"
+        )
+
+
+def enough_epochs(checkpoint: dict[str, Any], max_epochs: int | None, path: Path) -> None:
+    """Refuses to train for fewer epochs than there have been.
+
+    Raises:
+        SettingError: naming both.
+    """
+    fit = checkpoint["loops"]["fit_loop"]
+    epochs = fit["epoch_progress"]["current"]
+    # written in the validation behind an epoch, which then does not count as processed yet
+    done = epochs["processed"] + (fit["epoch_loop.batch_progress"]["is_last_batch"] and epochs["ready"] > epochs["processed"])
+    if max_epochs is not None and 0 <= max_epochs < done:
+        raise SettingError(f"trainer.max_epochs={max_epochs}: ckpt={path} has trained {done} epochs: give as many, or more")
+
+
 def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
     """Refuses another batch size where the epoch is to go on behind its n-th batch, which would then be another place.
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -19,12 +20,12 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from callbacks import EMA, RunCheckpoint, WholeSteps, all_finite, diverged
+from callbacks import EMA, RunCheckpoint, StopsBehindBatches, WholeSteps, all_finite, diverged
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
@@ -36,11 +37,14 @@ from runs.directory import (
     LAST,
     RESULT,
     claim,
+    enough_epochs,
     find_checkpoint,
     hold,
     read_checkpoint,
     same_batches,
+    same_data,
     same_model,
+    same_optimizer,
     write_json,
 )
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
@@ -176,6 +180,9 @@ def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) 
     if checkpoint is not None:
         held = read_checkpoint(checkpoint, "ckpt")
         same_model(held["config"], config, checkpoint)
+        same_data(held["config"], config, checkpoint)
+        same_optimizer(held["config"], config, checkpoint)
+        enough_epochs(held, cfg.trainer.max_epochs, checkpoint)
         same_batches(held, config, checkpoint)
         step = held["global_step"]
         if not all_finite(value for value in held["state_dict"].values() if isinstance(value, torch.Tensor)):
@@ -232,12 +239,18 @@ def fit(
         say(trainer, f"continuing from {checkpoint}")
     try:
         trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:  # of Ctrl-C, too, that waited for the end of a step
+        stops = (callback for callback in trainer.callbacks if isinstance(callback, StopsBehindBatches))
+        if not is_child_rank() and any(stop.stopped_by == signal.SIGINT for stop in stops):
+            raise KeyboardInterrupt from None
+        raise
     except (ValueError, FloatingPointError) as error:  # also of a callback that saw training diverge
         raise SettingError(" ".join(str(error).split())) from error
     finally:
         saver = trainer.checkpoint_callback
         if getattr(saver, "interrupted", False):
-            say(trainer, f"\ninterrupted at step {trainer.global_step}; to go on:\n  {resume_command(directory)}")
+            kept = f" from step {saver.kept_step}" if saver.kept_step != trainer.global_step else ""
+            say(trainer, f"\ninterrupted at step {trainer.global_step}; to go on{kept}:\n  {resume_command(directory)}")
 
 
 def resume_command(directory: Path) -> str:

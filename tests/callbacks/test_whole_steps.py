@@ -8,8 +8,9 @@ import pytest
 
 from callbacks import WholeSteps
 
-MODULE = SimpleNamespace(on_train_batch_end=lambda *_: None)
-ONE, TWO = SimpleNamespace(world_size=1), SimpleNamespace(world_size=2)
+
+def trainer_of(devices=1):
+    return SimpleNamespace(world_size=devices, _signal_connector=SimpleNamespace(received_sigterm=False))
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +24,17 @@ def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def started(trainer=ONE):
-    callback = WholeSteps()
+def started(devices=1):
+    trainer, callback = trainer_of(devices), WholeSteps()
     callback.on_train_start(trainer, None)
-    return callback
+    return trainer, callback
 
 
-def step(callback, trainer=ONE, during=lambda: None):
+def step(trainer, callback, during=lambda: None):
+    """Whether training stops behind the step."""
     during()
-    callback.on_train_batch_end(trainer, MODULE, None, None, 0)
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+    return trainer._signal_connector.received_sigterm
 
 
 def test_the_step_is_completed_first():
@@ -41,11 +44,10 @@ def test_the_step_is_completed_first():
         ctrl_c()
         reached.append(True)
 
-    callback = started()
-    with pytest.raises(KeyboardInterrupt):
-        step(callback, during=during)
+    trainer, callback = started()
+    assert step(trainer, callback, during)
     assert reached
-    step(callback)  # asked once, stopped once
+    assert callback.stopped_by == signal.SIGINT
 
 
 def test_the_second_one_does_not_wait():
@@ -57,70 +59,60 @@ def test_the_second_one_does_not_wait():
         reached.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        step(started(), during=during)
+        step(*started(), during)
     assert not reached
 
 
 def test_between_steps_it_waits_for_the_next():
-    callback = started()
-    step(callback)
+    trainer, callback = started()
+    assert not step(trainer, callback)
     ctrl_c()
-    with pytest.raises(KeyboardInterrupt):
-        step(callback)
-
-
-def test_the_row_of_the_step_is_written_first():
-    rows = []
-    module = SimpleNamespace(on_train_batch_end=lambda outputs, batch, batch_idx: rows.append(batch_idx))
-    callback = started()
-    callback.on_train_batch_end(ONE, module, None, None, 0)
-    ctrl_c()
-    with pytest.raises(KeyboardInterrupt):
-        callback.on_train_batch_end(ONE, module, None, None, 1)
-    assert rows == [1]  # for Lightning to ask for where it goes on
+    assert step(trainer, callback)
 
 
 def test_a_validation_is_cut_off_but_for_one_it_came_just_before():
-    callback = started()
-    callback.on_validation_start(ONE, None)
+    trainer, callback = started()
+    callback.on_validation_start(trainer, None)
     with pytest.raises(KeyboardInterrupt):
         ctrl_c()
-    callback = started()
-    ctrl_c()
-    callback.on_validation_start(ONE, None)
-    with pytest.raises(KeyboardInterrupt):
-        callback.on_validation_end(ONE, None)
+    for before in (lambda trainer, callback: ctrl_c(), lambda trainer, callback: step(trainer, callback, ctrl_c)):
+        trainer, callback = started()
+        before(trainer, callback)
+        callback.on_validation_start(trainer, None)
+        assert not trainer._signal_connector.received_sigterm
+        callback.on_validation_end(trainer, None)
+        assert trainer._signal_connector.received_sigterm
 
 
 def test_after_the_last_step_it_stops_what_would_follow():
-    callback = started()
+    trainer, callback = started()
     ctrl_c()
     with pytest.raises(KeyboardInterrupt):
-        callback.on_train_end(ONE, None)
+        callback.on_train_end(trainer, None)
 
 
 def test_after_training_after_errors_and_on_several_devices_it_is_given_back():
     for end in (
-        lambda callback: callback.on_train_end(ONE, None),
-        lambda callback: callback.on_exception(ONE, None, ValueError()),
+        lambda trainer, callback: callback.on_train_end(trainer, None),
+        lambda trainer, callback: callback.on_exception(trainer, None, ValueError()),
     ):
-        callback = started()
+        trainer, callback = started()
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-        end(callback)
+        end(trainer, callback)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    started(TWO)
+    started(2)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_others_have_set_since_stays():
-    callback = started()
+    trainer, callback = started()
     others = signal.signal(signal.SIGINT, signal.SIG_DFL)
     assert others != signal.SIG_DFL
-    callback.on_train_end(ONE, None)
+    callback.on_train_end(trainer, None)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def test_where_it_is_ignored_it_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    step(started(), during=ctrl_c)
+    assert not step(*started(), ctrl_c)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

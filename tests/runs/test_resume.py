@@ -8,10 +8,10 @@ import signal
 import pytest
 import torch
 
-from callbacks import Vitals
+from callbacks import SeededBatches, Vitals
 from lightning_modules import VAELightningModule
 from runs.build import SettingError
-from tests.jobs import run_here
+from tests.jobs import result, run_here
 
 COMMON = (
     "model=vae", "logger=csv", "callbacks.pictures.every_n_epochs=0", "trainer.max_epochs=3", "+trainer.val_check_interval=4",
@@ -95,8 +95,118 @@ def test_mid_epoch_is_exact(stop, batch, goes_on_at, uninterrupted, tmp_path, mo
     assert here["global_step"] == there["global_step"] == 30  # the last validation
     for key in ("state_dict", "optimizer_states"):
         assert same(here[key], there[key])
-    kept = [row for row in rows(uninterrupted) if stop is not ctrl_c or not row["val/elbo"] or int(row["step"]) != batch]
-    assert rows(tmp_path) == kept  # a validation that is due behind the step that was stopped behind is left out
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+SHORT = (
+    "model=vae",
+    "logger=csv",
+    "callbacks.pictures.every_n_epochs=0",
+    "trainer.max_epochs=6",
+    "trainer.check_val_every_n_epoch=2",
+)
+
+
+@pytest.fixture(scope="module")
+def six_epochs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("six")
+    run_here(directory, *SHORT)
+    return directory
+
+
+def interrupt(directory, settings, hook, places, monkeypatch):
+    """Runs and goes on, each time until Ctrl-C comes in ``hook`` at the next of these steps; then to the end."""
+    for place in places:
+        usual, sent = getattr(SeededBatches, hook), itertools.count()
+
+        def stops(self, trainer, *args, usual=usual, place=place, sent=sent, **kwargs):
+            if trainer.global_step == place and not next(sent):
+                ctrl_c()
+            return usual(self, trainer, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SeededBatches, hook, stops)
+            with pytest.raises((SystemExit, KeyboardInterrupt)):
+                run_here(directory, *settings, "ckpt=auto")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_here(directory, *settings, "ckpt=auto")
+
+
+@pytest.mark.parametrize("places", [(10, 30), (21, 40), (10, 21, 32), (32, 43, 54), (11, 22), (9, 10, 11)])
+def test_a_run_is_stopped_again_and_again_also_behind_the_last_batch_of_an_epoch(places, six_epochs, tmp_path, monkeypatch):
+    interrupt(tmp_path, SHORT, "on_train_batch_start", places, monkeypatch)
+    assert last(tmp_path)["global_step"] == 66
+    assert rows(tmp_path) == rows(six_epochs)
+    assert same(last(tmp_path)["state_dict"], last(six_epochs)["state_dict"])
+
+
+@pytest.mark.parametrize("places", [(22,), (44,), (22, 44), (22, 22), (66,)])
+def test_a_validation_that_is_cut_off_is_done_again_and_no_step_is_lost(places, six_epochs, tmp_path, monkeypatch, capsys):
+    interrupt(tmp_path, SHORT, "on_validation_batch_start", places, monkeypatch)
+    assert rows(tmp_path) == rows(six_epochs)
+    assert same(last(tmp_path)["state_dict"], last(six_epochs)["state_dict"])
+    printed = capsys.readouterr().out
+    assert all(f"interrupted at step {place}; to go on:" in printed for place in places)
+
+
+def test_what_validation_draws_from_is_resumed_too(tmp_path, monkeypatch):
+    """The proposal over steps, which a DDPM learns while it trains, decides val/bpd and so what a sweep minimises."""
+    settings = (*SHORT[1:], "model=ddpm", "model.num_steps=50", "model.network.hidden_dim=16")
+    run_here(tmp_path / "whole", *settings)
+    interrupt(tmp_path / "parts", settings, "on_train_batch_start", (15, 36), monkeypatch)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert result(tmp_path / "parts/run")["objective"] == result(tmp_path / "whole/run")["objective"]
+
+
+def test_a_run_directory_that_was_moved_keeps_its_best(tmp_path):
+    run_here(tmp_path, *SHORT)
+    best = result(tmp_path / "run")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "run").rename(tmp_path / "moved" / "run")
+    run_here(tmp_path / "moved", *SHORT, "ckpt=last")  # nothing is left to do but to test
+    assert result(tmp_path / "moved/run")["metrics"] == best["metrics"]
+    worse = ("model.beta=500", "model.optimizer.lr=0.03")
+    run_here(tmp_path / "moved", *SHORT, *worse, "trainer.max_epochs=8", "ckpt=last")
+    assert result(tmp_path / "moved/run")["metrics"] == best["metrics"]
+    assert result(tmp_path / "moved/run")["objective"] == best["objective"]
+    # another run that begins with these weights has a best of its own
+    run_here(tmp_path / "other", *SHORT, *worse, "trainer.max_epochs=10", f"ckpt={tmp_path}/moved/run")
+    assert result(tmp_path / "other/run")["objective"] > best["objective"]
+    assert (tmp_path / "other/run/checkpoints/best.ckpt").exists()
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "warmup_cosine"])
+def test_the_optimisers_settings_are_those_of_the_run_that_goes_on(scheduler, tmp_path):
+    settings = (*SHORT, f"model/lr_scheduler={scheduler}", "trainer.log_every_n_steps=1")
+    run_here(tmp_path / "one", *settings, "model.optimizer.lr=1e-3", "trainer.max_epochs=2")
+    other = ("model.optimizer.lr=5e-4", "model.optimizer.weight_decay=0.3", "trainer.max_epochs=4")
+    run_here(tmp_path / "one", *settings, *other, "ckpt=last")
+    run_here(tmp_path / "two", *settings, *other)
+    rates = [[float(row["train/lr"]) for row in rows(tmp_path / name) if row["train/lr"]] for name in ("one", "two")]
+    assert rates[0][22:] == pytest.approx(rates[1][22:], rel=1e-6)
+    assert last(tmp_path / "one")["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.3
+    with pytest.raises(SettingError, match=r"trained by torch\.optim\.AdamW, here .*SGD"):
+        run_here(tmp_path / "one", *settings, "model.optimizer._target_=torch.optim.SGD", "ckpt=last")
+
+
+def test_without_the_average_the_weights_that_were_trained_go_on(tmp_path):
+    run_here(tmp_path, *SHORT, "trainer.max_epochs=2", "callbacks.ema.decay=0.99")
+    trained = last(tmp_path)["current_model_state"]
+    run_here(tmp_path, *SHORT, "trainer.max_epochs=4", "ckpt=last", "~callbacks.ema", "model.optimizer.lr=1e-12")
+    assert all(torch.allclose(value, trained[name], atol=1e-6) for name, value in last(tmp_path)["state_dict"].items())
+
+
+@pytest.mark.parametrize("setting", ["data.split_seed=7", "data=gaussian"])
+def test_a_checkpoint_does_not_go_on_on_images_it_was_not_trained_on(setting, tmp_path):
+    run_here(tmp_path, *SHORT, "trainer.max_epochs=2")
+    with pytest.raises(SettingError, match=r"other data|another model"):
+        run_here(tmp_path, *SHORT, "ckpt=last", setting)
+
+
+def test_fewer_epochs_than_were_trained_are_refused(tmp_path):
+    run_here(tmp_path, *SHORT, "trainer.max_epochs=4")
+    with pytest.raises(SettingError, match=r"trainer\.max_epochs=2: ckpt=.* has trained 4 epochs"):
+        run_here(tmp_path, *SHORT, "trainer.max_epochs=2", "ckpt=last")
 
 
 def test_what_is_begun_anew_where_nothing_was_saved_has_its_own_rows_alone(uninterrupted, tmp_path, monkeypatch):
