@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import hydra
@@ -18,7 +17,7 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.types import RunMode
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from runs.build import SettingError
+    from runs.build import RankError, SettingError
     from runs.entry import TERMINATED
     from runs.job import is_child_rank, run
     from runs.sweep import run_in_sweep
@@ -28,7 +27,8 @@ def main(cfg: DictConfig) -> float | None:
     try:
         return run(cfg)
     except SettingError as error:
-        sys.exit(1 if os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")  # said once, by rank 0
+        silent = is_child_rank() and not isinstance(error, RankError)  # what every rank meets is said once
+        sys.exit(1 if silent else f"error: {error}")
     except SIGTERMException:  # Lightning kills rank 0, which may be writing, when a child of its ends with another code than 0
         sys.exit(0 if is_child_rank() else TERMINATED)
 

@@ -19,7 +19,7 @@ class BatchSizeFinder(Callback):
         most: where to stop in any case.
 
     Raises:
-        ValueError: if a number is below 1, or the job has several devices.
+        ValueError: if a number is below 1.
     """
 
     def __init__(self, steps: int = 2, most: int = 65536) -> None:
@@ -29,11 +29,6 @@ class BatchSizeFinder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks for the size, prints it and ends the job."""
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"callbacks=batch_size_finder tries one device, not trainer.devices={trainer.world_size}: run it with "
-                "trainer.devices=1 and multiply what it finds by the devices"
-            )
         found, size, reason = 0, 1, f"{self.most} is where it stops"
         while size <= self.most:
             try:

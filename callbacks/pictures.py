@@ -56,7 +56,7 @@ class Pictures(Callback):
             self._samples(trainer, pl_module, "final")
             x = next(iter(trainer.test_dataloaders))[:PROFILE_IMAGES].to(pl_module.device)
             if hasattr(pl_module, "reconstruct") and pl_module.levels is not None:
-                self._reconstructions(trainer, pl_module, x[: self.num // 2])
+                self._reconstructions(trainer, pl_module, x[: max(1, self.num // 2)])
             self._profile(trainer, pl_module, x)
 
     def _samples(self, trainer: Trainer, module: LightningModule, name: str) -> None:

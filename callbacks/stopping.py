@@ -48,7 +48,7 @@ class StopTogether(StopsBehindBatches):
     Lightning broadcasts from within the handler, where ranks that the signal found in different places wait for each other
     forever, and has all ranks wait for a broadcast at every batch. It also saves there when SLURM's time is up. Here SIGUSR1 is
     noted too if ``requeue``, and the job put back in the queue once it has stopped. Where weights are sharded so is Ctrl-C, as
-    saving them takes every rank; a second Ctrl-C ends the job at once.
+    saving them takes every rank. A second signal ends the rank at once.
 
     Given after the run's own checkpoint callback, it finds last.ckpt written, but for sharded weights.
 
@@ -73,8 +73,8 @@ class StopTogether(StopsBehindBatches):
 
     def _ask(self, number: int, _: Any) -> None:
         self._asked = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
+        # a rank that hangs never agrees: the second signal is not held back
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

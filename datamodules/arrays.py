@@ -52,8 +52,8 @@ class ImageArray(NamedTuple):
                 headers = {name: _header(file, name) for name in file.namelist() if name.endswith(".npy")}
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError) as error:
             raise ValueError(f"source: {path} is damaged or no .npz file ({error}); take it away or get it again") from None
-        images = {name: shape for name, (shape, fortran, dtype) in headers.items() if dtype == np.uint8 and not fortran}
-        images = {"data.npy": images["data.npy"]} if "data.npy" in images else images
+        named = {"data.npy": headers["data.npy"]} if "data.npy" in headers else headers
+        images = {name: shape for name, (shape, fortran, dtype) in named.items() if dtype == np.uint8 and not fortran}
         images = {name: shape for name, shape in images.items() if len(shape) > 1 and shape[0]}
         if len(images) != 1:
             raise ValueError(

@@ -8,6 +8,7 @@ run walks through it (order, flips, what is redrawn for training). Runs of diffe
 from __future__ import annotations
 
 import math
+import multiprocessing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -155,6 +156,20 @@ class ImageDataModule(LightningDataModule, ABC):
             splits["train"] = torch.cat([train, train.flip(-1)])
         self.splits = splits
 
+    def check_ranks(self, num: int) -> None:
+        """Refuses what ``num`` ranks cannot share, after ``setup``.
+
+        Raises:
+            ValueError: if a rank would get no rows of a batch, or no image of a split.
+        """
+        GlobalBatchSampler(self.sizes["train"], self.batch_size, True, True, self.seed, 0, num)
+        for split in ("val", "test"):
+            if self.sizes[split] < num:
+                raise ValueError(
+                    f"trainer.devices: the {self.sizes[split]} {split} images of {self.name} are fewer than {num} devices: use "
+                    f"{self.sizes[split]}, or hold more images out"
+                )
+
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Returns full batches in an order of their own for each epoch."""
         return self._loader(ImageBatches(self.splits["train"], self.binarization), "train")
@@ -169,8 +184,9 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _loader(self, batches: ImageBatches, split: str) -> DataLoader[Tensor]:
         workers = self.num_workers
-        ahead = self.prefetch if workers else None
-        settings = {"batch_size": None, "num_workers": workers, "persistent_workers": workers > 0, "prefetch_factor": ahead}
+        settings: dict[str, Any] = {"batch_size": None, "num_workers": workers, "persistent_workers": workers > 0}
+        if workers:
+            settings |= {"prefetch_factor": self.prefetch, "multiprocessing_context": worker_context()}
         # a GPU copies from pinned memory while the host goes on, which Lightning asks it to
         settings["pin_memory"] = isinstance(getattr(self.trainer, "accelerator", None), CUDAAccelerator)
         if split == "train":
@@ -215,6 +231,17 @@ class ImageDataModule(LightningDataModule, ABC):
             "binarization": self.binarization.name,
             "split_seed": self.split_seed,
         }
+
+
+def worker_context() -> str:
+    """Returns how a loader's processes begin: from a process without threads.
+
+    A copy of this one (fork) that is made while a thread of the communication between ranks holds a lock waits for ever.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["datamodules"])  # imported once, for all of them
+    return "forkserver"
 
 
 def shuffled(num: int, seed: int) -> Tensor:

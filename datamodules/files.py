@@ -189,7 +189,10 @@ class CIFAR10DataModule(FileDataModule):
     def read(self, path: Path) -> Tensor:
         """Reads a pickled batch: uint8 (n, 3, 32, 32)."""
         with path.open("rb") as file:
-            return torch.from_numpy(_Arrays(file, encoding="latin1").load()["data"]).view(-1, 3, 32, 32)
+            data = _Arrays(file, encoding="latin1").load()["data"]
+        if data.shape[1:] != (3072,):
+            raise ValueError(f"data of shape {data.shape} is not one row of 3072 numbers for each photograph")
+        return torch.from_numpy(data).view(-1, 3, 32, 32)
 
     def fetch(self) -> None:
         """Downloads the files to ``root / folder``."""

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.hub import tqdm
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
 from datamodules.base import ImageDataModule, Images, shuffled
@@ -24,6 +26,22 @@ class UnreadablePictureError(ValueError):
     def __init__(self, message: str) -> None:
         # DataLoader raises a worker's error again with the traceback in its message, of which the last line is ours
         super().__init__(message.strip().splitlines()[-1].split("UnreadablePictureError: ")[-1])
+
+
+def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """Returns a picture of 16-bit grey levels as one of 8 bits, and others as they are; Pillow would cut off what is above 255.
+
+    Raises:
+        UnreadablePictureError: for numbers whose range the file does not tell.
+    """
+    if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):  # as older versions open 16-bit PNG files
+        raise UnreadablePictureError(
+            f"image_folder: {path} holds 32-bit numbers (mode {picture.mode}), whose black and white are unknown: convert it "
+            "to 8 or 16 bits"
+        )
+    if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
 
 
 class Pictures:
@@ -48,10 +66,12 @@ class Pictures:
             UnreadablePictureError: if it is no picture, or a damaged one.
         """
         try:
-            picture = pil_loader(path)
-            picture = picture.convert("L") if self.channels == 1 else picture
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(eight_bits(file, path)).convert("L" if self.channels == 1 else "RGB")
             picture = resize(picture, self.image_size, InterpolationMode.BICUBIC)
             return pil_to_tensor(center_crop(picture, self.image_size))
+        except UnreadablePictureError:
+            raise
         except Exception:  # decoders raise errors of many kinds
             raise UnreadablePictureError(f"image_folder: {path} cannot be read; repair it or take it away") from None
 
@@ -69,19 +89,18 @@ class Pictures:
         """
         images = torch.empty((len(self.paths), self.channels, self.image_size, self.image_size), dtype=torch.uint8)
 
-        def fill(i: int) -> Path | None:
+        def fill(i: int) -> str | None:
             try:
                 images[i] = self.decode(self.paths[i])
-            except UnreadablePictureError:
-                return self.paths[i]
+            except UnreadablePictureError as error:
+                return str(error)
             return None
 
         with ThreadPoolExecutor() as pool:
             results = pool.map(fill, range(len(images)))
-            bad = [str(path) for path in tqdm(results, title, len(images), disable=quiet) if path]
+            bad = [fault for fault in tqdm(results, title, len(images), disable=quiet) if fault]
         if bad:
-            others = f" and {len(bad) - 5} others" if len(bad) > 5 else ""
-            raise UnreadablePictureError(f"image_folder: {', '.join(bad[:5])}{others} cannot be read; repair or take away")
+            raise UnreadablePictureError(bad[0] + (f" ({len(bad) - 1} others are like it)" if len(bad) > 1 else ""))
         return images
 
 

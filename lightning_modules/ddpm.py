@@ -80,9 +80,10 @@ class DDPMLightningModule(LikelihoodModule):
     ) -> None:
         super().__init__(**settings)
         for stage, calls in (("val", val_calls), ("test", test_calls)):
-            if calls is not None and calls < 2:
+            if calls is not None and (isinstance(calls, bool) or not isinstance(calls, int) or calls < 2):
                 raise ValueError(
-                    f"model.{stage}_calls={calls} must be at least 2 (one for t = 1, the rest above it), or null for all steps"
+                    f"model.{stage}_calls={calls} must be an integer of at least 2 (one for t = 1, the rest above it), or null "
+                    "for all steps"
                 )
         self.likelihood = parameterization.likelihood(self.levels)
         self.process = GaussianDiffusion(schedule(num_steps), variance)

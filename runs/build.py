@@ -15,6 +15,10 @@ class SettingError(Exception):
     """A setting that cannot work. The message is one sentence: the setting, its value and what to do."""
 
 
+class RankError(SettingError):
+    """What one rank may have met alone, once training has begun: it says so itself."""
+
+
 def factory(cfg: DictConfig) -> partial:
     """Returns the node's ``_target_`` with its settings bound, for what is better passed by hand than through a config."""
     return build_part(cfg, _partial_=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from runs.help import help_text
@@ -49,6 +49,15 @@ def start(main: Callable[[], object]) -> None:
         if asked:
             raise
         sys.exit(f"error: {sentence(error)}")
+    except ValueError as error:
+        if asked or "Config group override must be" not in str(error):
+            raise
+        nothing = [item for item in sys.argv[1:] if item.partition("=")[2] in ("null", "~")] or sys.argv[1:]
+        sys.exit(f"error: {' '.join(nothing)}: what is chosen of a group is a name; ~GROUP leaves a group out")
+    except OSError as error:
+        if asked or error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}; choose another place by hydra.run.dir or paths.output_dir")
     finally:
         if not asked:
             os.environ.pop(FULL, None)
@@ -56,5 +65,10 @@ def start(main: Callable[[], object]) -> None:
 
 def sentence(error: BaseException) -> str:
     """Returns an error's text in one line, without where Hydra searched and what it says of itself."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} is not KEY=VALUE as Hydra reads it; a value with signs in it takes quotes within quotes, as in "
+            "'KEY=\"VALUE\"'"
+        )
     text = str(error).split("Config search path")[0].split("Set the environment variable")[0].split("See https://hydra.cc")[0]
     return " ".join(text.split())

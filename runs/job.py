@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from callbacks import EMA, RunCheckpoint, StopsBehindBatches, WholeSteps, all_finite, diverged
+from callbacks import EMA, BatchSizeFinder, RunCheckpoint, StopsBehindBatches, WholeSteps, all_finite, diverged
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
-from runs.build import SettingError, build_part, factory, plain
+from runs.build import RankError, SettingError, build_part, factory, plain
 from runs.devices import compile_networks
 from runs.directory import (
     CONFIG,
@@ -48,6 +50,9 @@ from runs.directory import (
     write_json,
 )
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
+from runs.settings import check_model, check_settings
+
+LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
 
 
 def run(cfg: DictConfig) -> float:
@@ -69,17 +74,20 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
     """Runs the job in a directory that is held for it."""
     started = time.monotonic()
     quiet_libraries()
+    check_settings(cfg)
     config = plain(cfg)
     checkpoint, step = choose_checkpoint(cfg, config, directory)
-    check_settings(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = load_data(cfg.data)
     model: LikelihoodModule = build_part(cfg.model)
+    check_model(model, datamodule.image_shape)
     compile_networks(model, cfg.compile)
     failed = True
     try:
         trainer = build_trainer(cfg, config, directory, step)
-        if not is_child_rank():  # only now: a job that was refused has claimed nothing, and may be tried again here
+        check_ranks(trainer, datamodule, cfg)
+        # only now: what was refused has claimed nothing, and may be tried again; nor does what only tries something out
+        if not is_child_rank() and not only_tries(trainer, cfg):
             OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
         say(trainer, f"{describe(cfg, model, datamodule)}\nrun directory: {directory}")
         fit(trainer, model, datamodule, checkpoint, directory)
@@ -127,29 +135,6 @@ def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: LightningData
     return f"model={choices.model} ({parameters:,} parameters)  data={datamodule.describe()}  seed={cfg.seed}"
 
 
-def check_settings(cfg: DictConfig) -> None:
-    """Refuses what the libraries below would refuse late, or with a traceback."""
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
-        raise SettingError(f"seed={cfg.seed}: give an integer from 0 to 4294967295")
-    if str(cfg.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
-        raise SettingError(f"trainer.precision={cfg.trainer.precision} is not supported: choose bf16-mixed or 32-true")
-    clipped = cfg.trainer.get("gradient_clip_val") and cfg.model.optimizer.get("fused")
-    if str(cfg.trainer.precision) == "16-mixed" and clipped:
-        raise SettingError(
-            "trainer.precision=16-mixed scales gradients, which a fused optimiser takes back only after they are clipped: "
-            "choose bf16-mixed, or add model.optimizer.fused=false"
-        )
-    if (cfg.trainer.get("gradient_clip_val") or 0) < 0:
-        raise SettingError(f"trainer.gradient_clip_val={cfg.trainer.gradient_clip_val} must not be negative; null: no clipping")
-    if cfg.trainer.get("overfit_batches"):
-        raise SettingError(
-            f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
-            "the data: set trainer.limit_train_batches and trainer.limit_val_batches"
-        )
-    if cfg.model.optimizer.get("lr", 1.0) <= 0:
-        raise SettingError(f"model.optimizer.lr={cfg.model.optimizer.lr} must be above 0")
-
-
 def load_data(cfg: DictConfig) -> LightningDataModule:
     """Builds the data module and reads the data now: what is missing is said before anything else is built."""
     datamodule: LightningDataModule = build_part(cfg)
@@ -161,6 +146,31 @@ def load_data(cfg: DictConfig) -> LightningDataModule:
     except (ValueError, OSError) as error:
         raise SettingError(" ".join(str(error).split())) from error
     return datamodule
+
+
+def only_tries(trainer: Trainer, cfg: DictConfig) -> bool:
+    """Whether this job leaves no run: it looks for a batch size, or whether all of it works."""
+    looks = any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)
+    return looks or bool(cfg.trainer.get("fast_dev_run"))
+
+
+def check_ranks(trainer: Trainer, datamodule: LightningDataModule, cfg: DictConfig) -> None:
+    """Refuses what several devices cannot share, now that their number is known."""
+    if trainer.world_size == 1:
+        return
+    try:
+        datamodule.check_ranks(trainer.world_size)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+    for name in ("limit_val_batches", "limit_test_batches"):
+        limit = cfg.trainer.get(name)
+        if isinstance(limit, float) and limit < 1:
+            raise SettingError(f"trainer.{name}={limit}: devices have different numbers of batches, give a number of batches")
+    if any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):
+        raise SettingError(
+            f"callbacks=batch_size_finder tries one device, not trainer.devices={trainer.world_size}: run it with "
+            "trainer.devices=1 and multiply what it finds by the devices"
+        )
 
 
 def is_child_rank() -> bool:
@@ -207,7 +217,7 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path, step
 
 def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) -> list[Callback]:
     """Builds conf/callbacks, and the checkpoint callback unless checkpoints are off."""
-    parts = {name: part for name, part in cfg.callbacks.items() if part is not None}
+    parts = {name: part for name, part in (cfg.get("callbacks") or {}).items() if part is not None}
     if cfg.trainer.get("enable_progress_bar") is False:
         parts.pop("progress", None)
     callbacks = [build_part(part) for part in parts.values()]
@@ -220,14 +230,14 @@ def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) ->
 def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path, step: int) -> list[Logger]:
     """Builds metrics.csv, as it was at ``step``, and the logger that conf/logger chose; ranks above 0 log nothing."""
     loggers: list[Logger] = [MetricsCSV(str(directory / "metrics.csv"), step)]
-    if cfg.logger and not is_child_rank():
+    if cfg.get("logger") and not is_child_rank():
         build = factory(cfg.logger)
         try:
             if build.func is wandb_logger:
                 build = partial(build, config={**config, **facts_to_group_by(directory)}, id_file=str(directory / "wandb_id"))
             loggers.append(build())
-        except ValueError as error:
-            raise SettingError(str(error)) from error
+        except (ValueError, ImportError) as error:
+            raise SettingError(f"logger: {' '.join(str(error).split())}") from error
     return loggers
 
 
@@ -238,14 +248,13 @@ def fit(
     if checkpoint is not None:
         say(trainer, f"continuing from {checkpoint}")
     try:
-        trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
+        with one_sentence(trainer):
+            trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # of Ctrl-C, too, that waited for the end of a step
         stops = (callback for callback in trainer.callbacks if isinstance(callback, StopsBehindBatches))
         if not is_child_rank() and any(stop.stopped_by == signal.SIGINT for stop in stops):
             raise KeyboardInterrupt from None
         raise
-    except (ValueError, FloatingPointError) as error:  # also of a callback that saw training diverge
-        raise SettingError(" ".join(str(error).split())) from error
     finally:
         saver = trainer.checkpoint_callback
         if getattr(saver, "interrupted", False):
@@ -253,10 +262,35 @@ def fit(
             say(trainer, f"\ninterrupted at step {trainer.global_step}; to go on{kept}:\n  {resume_command(directory)}")
 
 
+@contextmanager
+def one_sentence(trainer: Trainer) -> Iterator[None]:
+    """Turns what data, a setting or another rank can do to a run into one sentence.
+
+    Raises:
+        SettingError: where every rank raises it, as one that a callback saw training diverge by.
+        RankError: where it may have been this rank alone.
+    """
+    try:
+        yield
+    except (FloatingPointError, MisconfigurationException) as error:
+        raise SettingError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        raise RankError(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise RankError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not any(sign in str(error) for sign in LOST):
+            raise
+        raise RankError(f"rank {trainer.global_rank} has lost another one, which ended before it") from error
+
+
 def resume_command(directory: Path) -> str:
     """Returns the command that continues this job in its own directory."""
     overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("ckpt=")]
-    return shlex.join(["python", sys.argv[0], *overrides, f"hydra.run.dir={directory}", "ckpt=last"])
+    place = str(directory)
+    if not re.fullmatch(r"[\w ./-]+", place, re.ASCII):  # Hydra has a grammar of its own
+        place = "'" + place.replace("'", r"\'") + "'"
+    return shlex.join(["python", sys.argv[0], *overrides, f"hydra.run.dir={place}", "ckpt=last"])
 
 
 def objective(trainer: Trainer, model: LikelihoodModule) -> float:
@@ -282,7 +316,8 @@ def test(
     """Tests the best weights, writes result.json and prints the table."""
     session, step = time.monotonic() - started, trainer.global_step
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
-    metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
+    with one_sentence(trainer):
+        metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
     metrics.pop("images_seen", None)  # no figure of the test set
     facts = {
         "weights": "ema" if any(isinstance(callback, EMA) for callback in trainer.callbacks) else "raw",
@@ -298,7 +333,8 @@ def test(
         "precision": str(trainer.precision),
         **totals(trainer, session, time.monotonic() - started),
     }
-    record = result_record(metrics, model.num_dims, model.levels, objective=best_figure, **facts)
-    if trainer.is_global_zero:
+    figure = None if math.isnan(best_figure) else best_figure  # JSON has no NaN
+    record = result_record(metrics, model.num_dims, model.levels, objective=figure, **facts)
+    if trainer.is_global_zero and not only_tries(trainer, cfg):
         write_json(directory / RESULT, record)
         Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, step {step}"))

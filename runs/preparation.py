@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,11 @@ def check_settings(cfg: DictConfig) -> None:
     if (cfg.source is None) == (cfg.get("data") is None):
         both = "are both given" if cfg.source is not None else "are both missing"
         raise SettingError(f"source= and data= {both}: give one of them, source=<.npz files> or data=<data set>")
+    if not str(cfg.out or ""):
+        raise SettingError(f"out={cfg.out}: give the folder to make, as in out=data/imagenet32")
+    parent = next(path for path in Path(cfg.out).expanduser().absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise SettingError(f"out={cfg.out} cannot be made: {parent} is no folder that can be written to; choose another")
     if Path(cfg.out).expanduser().exists():
         raise SettingError(f"out={cfg.out} exists and is not overwritten: take it away, or choose another folder")
     if isinstance(cfg.shard_mb, bool) or not isinstance(cfg.shard_mb, (int, float)) or not 0 < cfg.shard_mb < math.inf:
@@ -131,8 +137,8 @@ def check_space(source: Source, out: Path) -> None:
 
 def write_set(source: Source, out: Path, name: str, shard_bytes: int) -> Manifest:
     """Writes all files into a folder beside ``out``, the manifest last, and renames it; nothing is left if that fails."""
-    draft = out.with_name(f"{out.name}.unfinished-{os.getpid()}")
-    draft.mkdir()
+    draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.unfinished-", dir=out.parent))
+    draft.chmod(0o777 & ~_umask())  # as mkdir would have it
     try:
         shards = {}
         with tqdm(
@@ -149,6 +155,12 @@ def write_set(source: Source, out: Path, name: str, shard_bytes: int) -> Manifes
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return manifest
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def counted(chunks: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:

@@ -143,7 +143,7 @@ def varied(overrides: Sequence[str], sweep: Path) -> list[str]:
 
 def _name_in_wandb(cfg: DictConfig, sweep: Path, directory: Path, overrides: Sequence[str]) -> None:
     """One W&B group for the sweep, one run for the job, tagged by what varies."""
-    if not cfg.logger or "group" not in cfg.logger:
+    if not cfg.get("logger") or "group" not in cfg.logger:
         return
     given = {item.lstrip("+").split("=")[0] for item in overrides}
     tags = [item[-64:] for item in varied(overrides, sweep)]  # W&B takes 64 characters

@@ -115,3 +115,9 @@ def test_sources_that_cannot_work(tmp_path):
     np.savez(tmp_path / "train.npz", data=pictures(2, 3072))
     with pytest.raises(ValueError, match=r"val.npz has images of \[3, 4, 4\], but .*train.npz of \[3, 32, 32\]"):
         find_arrays(str(tmp_path))
+
+
+def test_data_that_is_no_image_is_not_passed_over_for_another_array(tmp_path):
+    np.savez(tmp_path / "odd.npz", data=np.zeros((40, 3072)), mask=np.zeros((40, 784), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"odd.npz holds .*data.* where one array of images is expected"):
+        ImageArray.open(tmp_path / "odd.npz")

@@ -105,6 +105,12 @@ def test_cifar10(tmp_path, folder):
     assert all(bytes(image.numpy()) in flipped for batch in data.train_dataloader() for image in batch)
 
 
+def test_cifar10_of_another_layout_is_not_scrambled(tmp_path):
+    write_cifar10(tmp_path, [np.zeros((4, 32, 32, 3), dtype=np.uint8)] * 6)
+    message = fails(CIFAR10DataModule, ValueError, tmp_path, **COLOUR)
+    assert "(4, 32, 32, 3) is not one row of 3072 numbers" in message
+
+
 def test_cifar10_pickles_hold_arrays_and_nothing_else(tmp_path):
     for name in CIFAR10_FILES:
         (tmp_path / name).write_bytes(pickle.dumps({"data": socket.getdefaulttimeout}))

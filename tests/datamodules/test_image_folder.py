@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from datamodules import ImageFolderDataModule, MissingDataError, UnreadablePictureError
+from datamodules.image_folder import Pictures
 
 SETTINGS = {"image_size": 8, "image_shape": [3, 8, 8], "levels": 256, "batch_size": 4, "seed": 0}
 RNG = np.random.default_rng(0)
@@ -83,6 +84,32 @@ def test_streaming_gives_the_batches_of_memory(tmp_path, num_workers):
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         pairs = zip(getattr(memory, loader)(), getattr(stream, loader)(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_pictures_of_sixteen_bits_are_those_of_eight_and_numbers_without_a_range_are_refused(tmp_path):
+    ramp = np.tile(np.array([0, 48, 96, 144, 192, 240, 255, 1], dtype=np.uint8), (8, 1))
+    Image.fromarray(ramp).save(tmp_path / "eight.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "sixteen.tif")
+    Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "float.tif")
+    Image.fromarray(ramp.astype(np.int32) * 10000).save(tmp_path / "wide.tif")
+    for channels in (1, 3):
+        decode = Pictures([], 8, channels).decode
+        for name in ("sixteen.png", "sixteen.tif"):
+            assert torch.equal(decode(tmp_path / name), decode(tmp_path / "eight.png"))
+        for name in ("float.tif", "wide.tif"):
+            with pytest.raises(UnreadablePictureError, match=rf"{name} holds 32-bit numbers .*convert it to 8 or 16 bits"):
+                decode(tmp_path / name)
+
+
+def test_photographs_stand_as_their_camera_says(tmp_path):
+    lying = Image.fromarray(np.repeat(RNG.integers(0, 256, (8, 1, 3), dtype=np.uint8), 8, 1))
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: to be turned by a quarter
+    lying.save(tmp_path / "photo.jpg", exif=exif, quality=100)
+    standing = Pictures([], 8, 3).decode(tmp_path / "photo.jpg")
+    assert standing.float().std(1).mean() < 3  # stripes from top to bottom
+    assert standing.float().std(2).mean() > 20
 
 
 @pytest.mark.parametrize(("max_memory_gb", "num_workers"), [(2.0, 0), (0, 0), (0, 1)])

@@ -75,3 +75,17 @@ def scores(run):
     with (run / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["val/bpd"]]
     return {name: [float(row[name]) for row in rows] for name in ("val/bpd", "images_seen")}
+
+
+def test_a_picture_that_one_rank_cannot_read_is_named_by_it(tmp_path):
+    for split, num in {"train": 16, "val": 2, "test": 2}.items():
+        write_folder(tmp_path / "pictures" / split, pictures(num, 8, 8, 3))
+    bad = tmp_path / "pictures" / "val" / "001.png"  # of the second rank
+    bad.write_bytes(b"no picture")
+    done = command(
+        *QUICK[:1], *QUICK[2:], "trainer.devices=2", "model=vae", "data=image_folder", "data.image_size=8", "data.batch_size=8",
+        f"data.root={tmp_path}/pictures", "data.max_memory_gb=0", "data.num_workers=0", "logger=csv", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"error: image_folder: {bad} cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -134,6 +134,30 @@ def test_accumulated_batches_make_one_optimiser_step(tmp_path):
     assert [rate / max(rates) for rate in rates] == pytest.approx([factor / max(factors) for factor in factors], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data.batch_size=15"], "data.batch_size=15 .* cannot be shared equally by trainer.devices=2"),
+        (["trainer.devices=181", "data.batch_size=181"], "the 180 val images of digits are fewer than 181 devices"),
+        (["+trainer.limit_val_batches=0.5"], "trainer.limit_val_batches=0.5"),
+        (["callbacks=batch_size_finder"], "tries one device, not trainer.devices=2"),
+    ],
+)
+def test_what_several_devices_cannot_share_is_refused_before_any_begins(overrides, sentence, tmp_path):
+    with pytest.raises(SettingError, match=sentence):
+        run_here(tmp_path, *SMALL, "trainer=ddp_cpu", "trainer.devices=2", *overrides)
+    run_here(tmp_path, *SMALL, "trainer.max_epochs=1")  # in the same place: nothing was claimed
+
+
+def test_what_only_tries_leaves_no_run(tmp_path):
+    run_here(tmp_path, *SMALL, "+trainer.fast_dev_run=2")
+    assert not (tmp_path / "run" / "result.json").exists()
+    with pytest.raises(SystemExit):
+        run_here(tmp_path, *VAE, "callbacks=batch_size_finder")
+    run_here(tmp_path, *SMALL, "trainer.max_epochs=1")
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 def test_the_batch_size_finder_prints_what_fits_and_trains_nothing(tmp_path, capsys, monkeypatch):
     cfg = ("callbacks=batch_size_finder", *VAE)
     with pytest.raises(SystemExit) as end:

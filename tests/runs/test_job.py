@@ -14,8 +14,10 @@ import time
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 
 from runs.build import SettingError
+from runs.job import resume_command
 from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result, run_here
 
 MODELS = {"vae": ("model=vae",), "mhvae": ("model=mhvae",), "ddpm": SMALL_DDPM}
@@ -95,6 +97,25 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["trainer.accelerator=tpu"], "trainer"),
         (["trainer.max_epochs=-1"], "trainer.max_epochs"),
         (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1"),
+        (["trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val="),
+        (["trainer.max_epochs=1.5"], "trainer.max_epochs=1.5"),
+        (["trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0"),
+        (["trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0"),
+        (["trainer.accumulate_grad_batches=2.5"], "trainer.accumulate_grad_batches=2.5"),
+        (["+trainer.limit_test_batches=0"], "trainer.limit_test_batches=0"),
+        (["+trainer.limit_train_batches=1.5"], "trainer.limit_train_batches=1.5"),
+        (["trainer.num_nodes=2"], "trainer.num_nodes=2"),
+        (["trainer.enable_progress_bar=abc"], "trainer.enable_progress_bar=abc"),
+        (["model.optimizer.lr=abc"], "model.optimizer.lr=abc"),
+        (["model.optimizer.lr=.inf"], "model.optimizer.lr="),
+        (["+model.optimizer.bogus=1"], "bogus"),
+        (["model.optimizer.betas=null"], "model.optimizer"),
+        (["+model.weighting.bogus=4"], "bogus"),
+        (["model.image_shape=[1,4,4]"], "model.image_shape=[1, 4, 4]"),
+        (["model.val_calls=2.5"], "model.val_calls=2.5"),
+        (["callbacks=early_stopping", "callbacks.early_stopping.monitor=train/loss"], "early_stopping.monitor=train/loss"),
+        (["callbacks.pictures.num=1.5"], "callbacks.pictures.num=1.5"),
+        (["model/parameterization=epsilon", "model/schedule=constant", "model.schedule.beta=0.5"], "sqrt(alpha_bar_T)"),
         (["data.levels=256"], "data.levels"),
         (["data=cifar10", "data.download=false"], "cifar-10-batches-py"),
         (["ckpt=last"], "ckpt=last"),
@@ -195,7 +216,11 @@ def test_the_command_works_from_anywhere_and_refuses_in_one_line(tmp_path):
         ("modle=vae", ["modle"]),
         ("model/schedule=cosinus", ["cosinus", "log_snr_linear"]),
         ("model.latent_dims=3", ["latent_dims"]),
-        ("seed=[", ["input '['"]),
+        ("seed=[", ["seed=["]),
+        ("hydra.run.dir=/tmp/a=b", ["hydra.run.dir=/tmp/a=b", "quotes"]),
+        ("hydra.run.dir=/proc/there/is/none", ["/proc/there", "hydra.run.dir"]),
+        ("logger=null", ["logger=null", "~GROUP"]),
+        ("experiment=vae_conv", ["vae_conv_fashion_mnist"]),
         ("data.batch_size=${nothing}", ["nothing"]),
     ],
 )
@@ -283,3 +308,20 @@ def test_a_profiler_says_what_it_found(tmp_path, caplog):
 def test_config_is_checked_against_the_data(tmp_path):
     cfg = configure(tmp_path, "model=vae")
     assert cfg.model.levels == cfg.data.levels == 17
+
+
+@pytest.mark.parametrize("name", ["plain (1)", "a b/k=é", "it's", "a\\b"])
+def test_the_printed_command_goes_on_wherever_the_run_lies(name, tmp_path):
+    configure(tmp_path, "model=vae")
+    arguments = shlex.split(resume_command(tmp_path / name))[2:]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", arguments, return_hydra_config=True)
+    assert cfg.hydra.run.dir == str(tmp_path / name)
+
+
+def test_a_run_of_one_picture_and_without_loggers_leaves_its_figures(tmp_path):
+    run_here(
+        tmp_path, "model=vae", "~logger", "callbacks.pictures.num=1", "trainer.max_epochs=1", "+trainer.limit_val_batches=0"
+    )
+    assert result(tmp_path / "run")["objective"] is None  # nothing was validated, and JSON has no NaN
+    assert result(tmp_path / "run")["metrics"]["test/bpd"] > 0

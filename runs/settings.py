@@ -1,0 +1,152 @@
+"""What is refused before anything is built: values that the libraries below would take late, silently or with a traceback."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_modules import LikelihoodModule
+from lightning_modules.metric import TERMS
+from runs.build import SettingError
+
+MANY_RANKS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")  # in the environment of those that something else starts
+
+# least value of each, and whether null is one
+INTEGERS = {
+    "trainer.max_epochs": (-1, True),
+    "trainer.max_steps": (-1, False),
+    "trainer.check_val_every_n_epoch": (1, True),
+    "trainer.log_every_n_steps": (1, False),
+    "trainer.accumulate_grad_batches": (1, False),
+    "trainer.num_sanity_val_steps": (-1, False),
+    "trainer.num_nodes": (1, False),
+    "callbacks.early_stopping.patience": (0, False),
+    "callbacks.pictures.num": (1, False),
+    "callbacks.pictures.every_n_epochs": (0, False),
+}
+# least value of each, whether that value itself is one, and whether null is
+NUMBERS = {
+    "trainer.gradient_clip_val": (0, True, True),
+    "model.optimizer.lr": (0, False, False),
+    "model.optimizer.weight_decay": (0, True, False),
+}
+SWITCHES = (
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.use_distributed_sampler",
+    "model.optimizer.fused",
+    "data.download",
+    "data.verify",
+    "sweep.fresh",
+    "sweep.retry_failed",
+)
+BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches")  # of trainer
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuses what cannot work.
+
+    Raises:
+        SettingError: naming the setting, its value and what to give.
+    """
+    for group in ("model", "data", "trainer"):
+        if not isinstance(cfg.get(group), DictConfig):
+            raise SettingError(f"{group} is missing: choose one, as python train.py --help lists them")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise SettingError(f"seed={cfg.seed}: give an integer from 0 to 4294967295")
+    _check_types(cfg)
+    _check_precision(cfg)
+    _check_lengths(cfg)
+    _check_monitor(cfg)
+    if cfg.trainer.num_nodes > 1 and not any(name in os.environ for name in MANY_RANKS):
+        raise SettingError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}, but nothing says where the other nodes are: start by torchrun or in a "
+            "SLURM job, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on every node"
+        )
+
+
+def _given(cfg: DictConfig, name: str) -> Any:
+    """Returns a setting's value; ``False`` twice over, if there is no such setting."""
+    missing = object()
+    value = OmegaConf.select(cfg, name, default=missing)
+    return (False, None) if value is missing else (True, value)
+
+
+def _check_types(cfg: DictConfig) -> None:
+    for name, (least, nullable) in INTEGERS.items():
+        there, value = _given(cfg, name)
+        fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if there and not fine and not (value is None and nullable):
+            raise SettingError(f"{name}={value}: give an integer of at least {least}")
+    for name, (least, itself, nullable) in NUMBERS.items():
+        there, value = _given(cfg, name)
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fine = fine and (value > least or (itself and value == least))
+        if there and not fine and not (value is None and nullable):
+            raise SettingError(f"{name}={value}: give a number {'of at least' if itself else 'above'} {least}")
+    for name in SWITCHES:
+        there, value = _given(cfg, name)
+        if there and not isinstance(value, bool) and value is not None:
+            raise SettingError(f"{name}={value}: give true or false")
+
+
+def _check_precision(cfg: DictConfig) -> None:
+    if str(cfg.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
+        raise SettingError(f"trainer.precision={cfg.trainer.precision} is not supported: choose bf16-mixed or 32-true")
+    clipped = cfg.trainer.get("gradient_clip_val") and OmegaConf.select(cfg, "model.optimizer.fused")
+    if str(cfg.trainer.precision) == "16-mixed" and clipped:
+        raise SettingError(
+            "trainer.precision=16-mixed scales gradients, which a fused optimiser takes back only after they are clipped: "
+            "choose bf16-mixed, or add model.optimizer.fused=false"
+        )
+
+
+def _check_lengths(cfg: DictConfig) -> None:
+    if cfg.trainer.get("overfit_batches"):
+        raise SettingError(
+            f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
+            "the data: set trainer.limit_train_batches and trainer.limit_val_batches"
+        )
+    for name in BATCHES:
+        value = cfg.trainer.get(name)
+        if value is None or (name == "limit_val_batches" and value == 0):
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
+            raise SettingError(f"trainer.{name}={value}: give a number of batches of at least 1, or a fraction up to 1.0")
+
+
+def _check_monitor(cfg: DictConfig) -> None:
+    stop = (cfg.get("callbacks") or {}).get("early_stopping")
+    if stop is None:
+        return
+    known = [f"val/{name}" for name in (*TERMS, "elbo_se", *(("bpd",) if cfg.data.get("levels") else ()))]
+    if stop.get("monitor") not in known:
+        raise SettingError(f"callbacks.early_stopping.monitor={stop.get('monitor')}: choose among {', '.join(known)}")
+
+
+def check_model(model: LikelihoodModule, image_shape: tuple[int, ...]) -> None:
+    """Refuses a model of other images, and settings of its functions that these do not have.
+
+    Raises:
+        SettingError: in one sentence.
+    """
+    if model.image_shape != tuple(image_shape):
+        raise SettingError(f"model.image_shape={list(model.image_shape)}: the data has {list(image_shape)}, leave it alone")
+    for name, function in vars(model).items():
+        if isinstance(function, partial):
+            try:
+                inspect.signature(function)
+            except ValueError:
+                raise SettingError(f"model.{name}: {function.func.__name__} does not take all of {function.keywords}") from None
+    import torch
+
+    try:
+        model.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
+    except Exception as error:  # of whichever optimiser it is
+        raise SettingError(f"model.optimizer cannot be built: {' '.join(str(error).split())}") from error
