@@ -18,8 +18,9 @@ def main(cfg: DictConfig) -> float | None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from runs.build import RankError, SettingError
+    from runs.devices import is_child_rank
     from runs.entry import TERMINATED
-    from runs.job import is_child_rank, run
+    from runs.job import run
     from runs.sweep import run_in_sweep
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:

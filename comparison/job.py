@@ -21,6 +21,8 @@ def run(cfg: DictConfig) -> None:
     Raises:
         SettingError: if there is nothing to compare, or a setting names nothing.
     """
+    if not cfg.out:
+        raise SettingError(f"out={cfg.out}: give the folder to write to, as in out=comparison")
     if OmegaConf.is_missing(cfg, "runs"):
         raise SettingError("runs= is missing: give sweeps, run directories or globs, as in runs=outputs/sweeps/*")
     patterns = _listed(cfg.runs)
@@ -32,12 +34,12 @@ def run(cfg: DictConfig) -> None:
     groups = group(finished, _listed(cfg.by) if cfg.by else None, str(cfg.metric))
     measured = {one.path for own in groups for one in own.runs}
     left_out += [f"no finite {cfg.metric}: {one.path}" for one in finished if one.path not in measured]
+    out = _new_directory(Path(cfg.out))
     console = Console()
     console = console if console.is_terminal else Console(width=160)  # a file has no edge
     console.print(terminal(groups, cfg.metric, console.width))
     for line in left_out:
         print(line)
-    out = _new_directory(Path(cfg.out))
     title = f"{cfg.metric}: {', '.join(groups[0].values) or 'runs'}"
     texts = {
         "csv": as_csv(groups, cfg.metric),

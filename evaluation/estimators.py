@@ -111,7 +111,7 @@ class Stratified(Estimator):
     name = "stratified"
 
     def __post_init__(self) -> None:
-        _check_calls(self.name, self.calls)
+        _check_calls(self.name, 0 if self.calls is None else self.calls)
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import Tensor
 
+from callbacks import all_finite
 from evaluation.estimate import estimate_bound
 from evaluation.estimators import Estimator
 from evaluation.extras import extra_lines, extras
@@ -18,6 +22,7 @@ from evaluation.setting import Setting, SplitImages
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from runs.build import SettingError, build_part
 from runs.job import quiet_libraries
+from runs.settings import MANY_RANKS
 
 
 def run(cfg: DictConfig) -> tuple[float, bool]:
@@ -32,8 +37,10 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
     started = time.monotonic()
     quiet_libraries()
     check_settings(cfg)
-    saved = SavedRun.open(str(cfg.run), list(cfg.packages))
+    saved = SavedRun.open(str(cfg.run), list(cfg.packages or []))
+    check_place(saved.directory)
     chosen = choose_weights(cfg.weights, saved)
+    check_weights(saved, chosen)
     estimator = build_part(cfg.evaluation)
     model = saved.model()
     check_model(cfg, estimator, model)
@@ -97,12 +104,26 @@ def check_settings(cfg: DictConfig) -> None:
             f"precision={cfg.precision} must be above 0: it is the wished standard error of the noise, in bits/dim"
         )
     least = {"batch_size": 1, "iwae_samples": 0, "probability_flow": 0, "seed": 0, "replicates": 1, "max_images": 2}
+    for name in ("balance", "pictures"):
+        if not isinstance(cfg[name], bool):
+            raise SettingError(f"{name}={cfg[name]}: give true or false")
+    if cfg.fabric.num_nodes > 1 and not any(name in os.environ for name in MANY_RANKS):
+        raise SettingError(
+            f"fabric.num_nodes={cfg.fabric.num_nodes}, but nothing says where the others are: start by torchrun or in SLURM"
+        )
     for name, minimum in least.items():
         value = cfg[name]
         if value is None and name in ("replicates", "max_images"):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise SettingError(f"{name}={value}: give an integer of at least {minimum}")
+
+
+def check_place(directory: Path) -> None:
+    """Refuses to evaluate what has no place for its results."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise SettingError(f"run: results would go to {directory}, where nothing can be written: copy the run elsewhere")
 
 
 def check_model(cfg: DictConfig, estimator: Estimator, model: LikelihoodModule) -> None:
@@ -123,6 +144,13 @@ def choose_weights(wished: str | None, saved: SavedRun) -> list[str]:
     if wished not in (None, *there):
         raise SettingError(f"weights={wished}: this checkpoint has {' and '.join(there)} weights; choose one of them or both")
     return [wished or there[0]]
+
+
+def check_weights(saved: SavedRun, chosen: list[str]) -> None:
+    """Refuses weights that are not finite."""
+    for name in chosen:
+        if not all_finite(value for value in saved.weights[name].values() if isinstance(value, Tensor)):
+            raise SettingError(f"run={saved.path} holds {name} weights that are not finite: give another checkpoint")
 
 
 def build_fabric(cfg: DictConfig) -> Fabric:

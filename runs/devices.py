@@ -129,3 +129,8 @@ def compile_networks(model: LikelihoodModule, setting: bool | str) -> None:
         raise SettingError(f"compile={setting}: choose true, false or a backend of torch.compile: {', '.join(known)}")
     for network in networks(model):
         network.compile(backend=backend)
+
+
+def is_child_rank() -> bool:
+    """Whether this process is not the first of its job: by Lightning's, torchrun's or SLURM's word."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID"))

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import re
-import shlex
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -27,29 +22,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from callbacks import EMA, BatchSizeFinder, RunCheckpoint, StopsBehindBatches, WholeSteps, all_finite, diverged
+from callbacks import EMA, BatchSizeFinder, RunCheckpoint, StopsBehindBatches, WholeSteps, diverged
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import RankError, SettingError, build_part, factory, plain
-from runs.devices import compile_networks
-from runs.directory import (
-    CONFIG,
-    FORMAT,
-    LAST,
-    RESULT,
-    claim,
-    enough_epochs,
-    find_checkpoint,
-    hold,
-    read_checkpoint,
-    same_batches,
-    same_data,
-    same_model,
-    same_optimizer,
-    write_json,
-)
+from runs.devices import compile_networks, is_child_rank
+from runs.directory import CONFIG, FORMAT, RESULT, hold, write_json
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
+from runs.resuming import choose_checkpoint, resume_command
 from runs.settings import check_model, check_settings
 
 LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
@@ -173,38 +154,6 @@ def check_ranks(trainer: Trainer, datamodule: LightningDataModule, cfg: DictConf
         )
 
 
-def is_child_rank() -> bool:
-    """Whether this process is not the first of its job: by Lightning's, torchrun's or SLURM's word."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID"))
-
-
-def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) -> tuple[Path | None, int]:
-    """Returns the checkpoint to continue from, if any, and its step; refuses a directory that holds another run."""
-    choices = HydraConfig.get().runtime.choices
-    checkpoint, step, here = None, 0, directory / LAST
-    if cfg.ckpt == "auto":
-        checkpoint = here if here.is_file() else None
-    elif cfg.ckpt is not None:
-        suffix = f"-{choices.model}-{choices.data}"
-        checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
-    if checkpoint is not None:
-        held = read_checkpoint(checkpoint, "ckpt")
-        same_model(held["config"], config, checkpoint)
-        same_data(held["config"], config, checkpoint)
-        same_optimizer(held["config"], config, checkpoint)
-        enough_epochs(held, cfg.trainer.max_epochs, checkpoint)
-        same_batches(held, config, checkpoint)
-        step = held["global_step"]
-        if not all_finite(value for value in held["state_dict"].values() if isinstance(value, torch.Tensor)):
-            raise SettingError(
-                f"ckpt={checkpoint} holds weights that are not finite: give an earlier one, or start without ckpt"
-            )
-    if not is_child_rank():
-        own = checkpoint is not None and directory in checkpoint.absolute().parents
-        claim(directory, continuing=own or cfg.ckpt == "auto")
-    return checkpoint, step
-
-
 def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path, step: int = 0) -> Trainer:
     """Builds callbacks, loggers and the trainer; devices and precision that do not exist here are refused in one sentence."""
     callbacks = build_callbacks(cfg, config, directory)
@@ -282,15 +231,6 @@ def one_sentence(trainer: Trainer) -> Iterator[None]:
         if trainer.world_size == 1 or not any(sign in str(error) for sign in LOST):
             raise
         raise RankError(f"rank {trainer.global_rank} has lost another one, which ended before it") from error
-
-
-def resume_command(directory: Path) -> str:
-    """Returns the command that continues this job in its own directory."""
-    overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("ckpt=")]
-    place = str(directory)
-    if not re.fullmatch(r"[\w ./-]+", place, re.ASCII):  # Hydra has a grammar of its own
-        place = "'" + place.replace("'", r"\'") + "'"
-    return shlex.join(["python", sys.argv[0], *overrides, f"hydra.run.dir={place}", "ckpt=last"])
 
 
 def objective(trainer: Trainer, model: LikelihoodModule) -> float:

@@ -209,6 +209,20 @@ def test_bf16_moves_the_figure_by_less_than_a_thousandth(name, estimator, runs, 
     assert record(run)["precision"] == "bf16-mixed"
 
 
+def test_weights_that_are_not_finite_and_places_that_take_no_results_are_refused_first(runs, tmp_path, monkeypatch):
+    run = runs.copy("vae", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with pytest.raises(SettingError, match="nothing can be written"):
+            evaluate_here(run, *QUICK)
+    checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    next(iter(checkpoint["state_dict"].values())).fill_(math.nan)
+    torch.save(checkpoint, run / "checkpoints/best.ckpt")
+    with pytest.raises(SettingError, match="ema weights that are not finite"):
+        evaluate_here(run, *QUICK)
+    evaluate_here(run, "weights=raw", "replicates=1", "max_images=4", "packages=null", *QUICK)
+
+
 def test_one_replicate_two_images_other_splits_and_checkpoints_elsewhere(runs, tmp_path):
     run = runs.copy("mhvae", tmp_path)
     evaluate_here(run, "replicates=1", "max_images=2", "split=val", "pictures=false")
@@ -278,6 +292,9 @@ def test_pixels_have_the_flow_of_a_trained_chain(runs, tmp_path):
     [
         ("vae", ["split=nope"], "split=nope"),
         ("vae", ["precision=0"], "precision=0"),
+        ("vae", ["balance=abc"], "balance=abc"),
+        ("vae", ["fabric.num_nodes=2"], "fabric.num_nodes=2"),
+        ("ddpm", ["evaluation=stratified", "evaluation.calls=null"], "evaluation.calls"),
         ("vae", ["precision=-1"], "precision=-1"),
         ("vae", ["precision=nan"], "precision=nan"),
         ("vae", ["precision=high"], "precision=high"),

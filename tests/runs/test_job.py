@@ -17,7 +17,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from runs.build import SettingError
-from runs.job import resume_command
+from runs.resuming import resume_command
 from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result, run_here
 
 MODELS = {"vae": ("model=vae",), "mhvae": ("model=mhvae",), "ddpm": SMALL_DDPM}
