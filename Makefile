@@ -8,7 +8,7 @@ train: $(STAMP)
 	$(VENV)/bin/python train.py $(ARGS)
 
 test: $(STAMP) lint
-	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
