@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_modules.sharding import sharded_parts
+
+PATIENCE = 10.0  # seconds: SLURM may send a signal to a task twice, by srun and by itself
 
 
 class StopsBehindBatches(Checkpoint):
@@ -48,7 +51,8 @@ class StopTogether(StopsBehindBatches):
     Lightning broadcasts from within the handler, where ranks that the signal found in different places wait for each other
     forever, and has all ranks wait for a broadcast at every batch. It also saves there when SLURM's time is up. Here SIGUSR1 is
     noted too if ``requeue``, and the job put back in the queue once it has stopped. Where weights are sharded so is Ctrl-C, as
-    saving them takes every rank. A second signal ends the rank at once.
+    saving them takes every rank. A second Ctrl-C ends the rank at once, and so does another signal after ``PATIENCE``: a rank
+    that hangs never agrees.
 
     Given after the run's own checkpoint callback, it finds last.ckpt written, but for sharded weights.
 
@@ -59,6 +63,7 @@ class StopTogether(StopsBehindBatches):
     def __init__(self, requeue: bool = False) -> None:
         self.requeue = requeue
         self._asked = self._looked_at = 0  # the signal that this rank was sent, and the step at which ranks last agreed
+        self._since = 0.0  # when it was sent
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens in Lightning's place, whose handlers are set by now."""
@@ -72,9 +77,11 @@ class StopTogether(StopsBehindBatches):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
-        self._asked = number
-        # a rank that hangs never agrees: the second signal is not held back
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if self._asked and (number == signal.SIGINT or time.monotonic() - self._since > PATIENCE):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self._asked:
+            self._asked, self._since = number, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -17,6 +17,8 @@ from runs.build import SettingError
 from runs.devices import is_child_rank
 from runs.directory import LAST, claim, read_checkpoint
 
+NEEDED = ("loops", "global_step", "optimizer_states", "lr_schedulers")  # beside the weights, to go on
+
 
 def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) -> tuple[Path | None, int]:
     """Returns the checkpoint to continue from, if any, and its step; refuses a directory that holds another run."""
@@ -29,6 +31,10 @@ def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) 
         checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
     if checkpoint is not None:
         held = read_checkpoint(checkpoint, "ckpt")
+        if missing := [name for name in NEEDED if name not in held]:
+            raise SettingError(
+                f"ckpt={checkpoint} has no {missing[0]}, so training cannot go on from it: give last.ckpt of a run"
+            )
         same_model(held["config"], config, checkpoint)
         same_data(held["config"], config, checkpoint)
         same_optimizer(held["config"], config, checkpoint)
@@ -79,7 +85,8 @@ def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None
         SettingError: naming the first setting that differs.
     """
     free = {"optimizer", "lr_scheduler", "val_calls", "test_calls", "beta", "weighting", "timestep_sampler", "sampler"}
-    for key, here in flatten({k: v for k, v in ours["model"].items() if k not in free}, "model"):
+    parts = {name: value for name, value in ours["model"].items() if name not in free}
+    for key, here in flatten({"_target_": ours["model"]["_target_"], **parts}, "model"):  # what kind it is first
         there = dict(flatten(theirs["model"], "model")).get(key)
         if there != here and not key.endswith(".checkpoint_activations"):
             raise SettingError(
@@ -98,8 +105,8 @@ def same_data(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
     free = {"root", "download", "batch_size", "seed", "num_workers", "prefetch", "verify", "max_memory_gb", "block_size"}
     there = dict(flatten(theirs["data"], "data"))
     for key, here in flatten({k: v for k, v in ours["data"].items() if k not in free | {"horizontal_flip", "flip"}}, "data"):
-        if there.get(key) != here:
-            raise SettingError(f"ckpt={path} was trained on other data: there {key}={there.get(key)}, here {key}={here}")
+        if key in there and there[key] != here:  # what an earlier version did not have yet is no difference
+            raise SettingError(f"ckpt={path} was trained on other data: there {key}={there[key]}, here {key}={here}")
 
 
 def same_optimizer(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:

@@ -153,11 +153,15 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
     checkpoint = tmp_path / "a" / "run" / "checkpoints" / "last.ckpt"
     with pytest.raises(SettingError, match="another model"):
         run_here(tmp_path / "b", "model=vae", "logger=csv", "model.latent_dim=8", f"ckpt={checkpoint}")
-    with pytest.raises(SettingError, match="another model"):
+    with pytest.raises(SettingError, match=r"there model\._target_=.*VAELightningModule, here .*MHVAELightningModule"):
         run_here(tmp_path / "b", "model=mhvae", "logger=csv", f"ckpt={checkpoint}")
     with pytest.raises(SettingError, match="already holds a run"):
         run_here(tmp_path / "a", "model=vae", "logger=csv")
     broken = tmp_path / "broken.ckpt"
+    held = torch.load(checkpoint, weights_only=True)
+    torch.save({name: value for name, value in held.items() if name != "optimizer_states"}, broken)
+    with pytest.raises(SettingError, match="has no optimizer_states"):
+        run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
     broken.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(SettingError, match="truncated"):
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")

@@ -1,0 +1,54 @@
+"""A rank that is asked to stop waits for the others, but not for ever."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from callbacks import StopTogether, stopping
+
+RANKS = SimpleNamespace(
+    world_size=2,
+    global_step=20,
+    log_every_n_steps=10,
+    strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
+    fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()),
+    _signal_connector=SimpleNamespace(received_sigterm=False),
+)
+MODULE = torch.nn.Linear(1, 1)
+MODULE.device = torch.device("cpu")
+
+
+@pytest.fixture
+def callback():
+    before = signal.getsignal(signal.SIGTERM)
+    callback = StopTogether()
+    callback.on_train_start(RANKS, MODULE)
+    yield callback
+    signal.signal(signal.SIGTERM, before)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_that_is_sent_twice_is_one_request(callback):
+    terminate()
+    terminate()
+    callback.on_train_batch_end(RANKS, MODULE, None, None, 0)
+    assert callback.stopped_by == signal.SIGTERM
+    assert RANKS._signal_connector.received_sigterm
+
+
+def test_a_rank_that_hangs_is_ended_by_a_later_one(monkeypatch):
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(stopping, "PATIENCE", -1.0)
+        callback = StopTogether()
+        callback.on_train_start(RANKS, MODULE)
+        terminate()
+        terminate()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGTERM
