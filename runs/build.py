@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -34,10 +35,27 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
         return instantiate(cfg, _convert_="all", **extra)
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if isinstance(cause, (ValueError, FileNotFoundError)):
-            raise SettingError(str(cause)) from None
         sentence = " ".join(str(cause).split())
-        raise SettingError(f"{cfg._get_full_key(None) or 'the config'} cannot be built: {sentence}") from error
+        key = _key_of(error, cfg)
+        if isinstance(cause, (ValueError, FileNotFoundError)):  # written to be read, most of them with the setting in it
+            raise SettingError(sentence if "=" in sentence or not key else f"{key}: {sentence}") from None
+        given = _plain_settings(cfg, key)
+        raise SettingError(f"{key or 'the config'} cannot be built{given}: {sentence}") from error
+
+
+def _key_of(error: InstantiationException, cfg: DictConfig) -> str:
+    """Returns which node Hydra was at."""
+    found = re.search(r"full_key: (\S+)", str(error))
+    return found[1] if found else str(cfg._get_full_key(None) or "")
+
+
+def _plain_settings(cfg: DictConfig, key: str) -> str:
+    """Returns the node's own settings as they were given, for a sentence that names none."""
+    node = OmegaConf.select(cfg._get_root(), key) if key else None
+    if not isinstance(node, DictConfig):
+        return ""
+    plain_ones = [f"{name}={value}" for name, value in node.items() if name[0] != "_" and not OmegaConf.is_config(value)]
+    return f" with {', '.join(plain_ones)}" if plain_ones else ""
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

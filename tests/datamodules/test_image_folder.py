@@ -81,6 +81,8 @@ def test_streaming_gives_the_batches_of_memory(tmp_path, num_workers):
     memory = build(tmp_path, flip=True)
     stream = build(tmp_path, flip=True, max_memory_gb=0, num_workers=num_workers)
     assert stream.num_workers == num_workers
+    context = stream.train_dataloader().multiprocessing_context
+    assert not num_workers or context.get_start_method() != "fork"  # a copy of a process with threads may hang
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         pairs = zip(getattr(memory, loader)(), getattr(stream, loader)(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
