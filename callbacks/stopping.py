@@ -104,6 +104,7 @@ class StopTogether(StopsBehindBatches):
         if saver is not None and sharded_parts(pl_module):
             saver.interrupted = True
             trainer.save_checkpoint(Path(saver.dirpath) / f"last{saver.FILE_EXTENSION}")
+            saver.kept_step = trainer.global_step
         if self.stopped_by == signal.SIGUSR1 and trainer.is_global_zero:
             job = os.environ["SLURM_JOB_ID"]
             if "SLURM_ARRAY_JOB_ID" in os.environ:
