@@ -125,6 +125,10 @@ class ImageDataModule(LightningDataModule, ABC):
         self.seed = at_least("data.seed", seed, 0)
         self.split_seed = at_least("data.split_seed", split_seed, 0)
         self.flip, self.binarization = flip, binarization or NoBinarization()
+        if self.binarization.name != "none" and actual_levels != self.binarization.levels:
+            raise ValueError(
+                f"data.binarization={self.binarization.name}: {self.name} has no grey levels of 0..255 to make binary"
+            )
         self.num_workers = 0  # a resident split is gathered faster than another process could hand it over
         self.prefetch = 2  # batches that each worker holds ready
         self.splits: dict[str, Images] = {}

@@ -38,6 +38,15 @@ class Parameterization(ABC):
                 f"number of steps that ends above {self.least_signal:.0e}"
             )
 
+    def _check_output(self, output: Tensor, x_t: Tensor) -> None:
+        """Refuses a network that gives other numbers than P for each pixel, as they would broadcast."""
+        due = (x_t.shape[0], self.outputs_per_channel * x_t.shape[1], *x_t.shape[2:]) if x_t.ndim > 1 else x_t.shape
+        if output.shape != due:
+            raise ValueError(
+                f"the network gives {tuple(output.shape)} for x_t of {tuple(x_t.shape)}, but "
+                f"parameterization={type(self).__name__.lower()} takes {tuple(due)}"
+            )
+
     @abstractmethod
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """Returns x̂_0(x_t, t) in [-1, 1] units: output (B, P·C, H, W), x_t (B, C, H, W) -> (B, C, H, W).
@@ -74,6 +83,7 @@ class Epsilon(Parameterization):
 
     def epsilon(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """Returns the output itself, in float32 or better: (B, C, H, W)."""
+        self._check_output(output, x_t)
         return full_precision(output)
 
 
@@ -82,6 +92,7 @@ class X0(Parameterization):
 
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """See :meth:`Parameterization.x0`."""
+        self._check_output(output, x_t)
         return full_precision(output)
 
 
@@ -130,6 +141,7 @@ class Lattice(Parameterization):
 
     def _logits(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """f_θ + ln q(x_t | level) up to a constant: (B, L, C, H, W)."""
+        self._check_output(output, x_t)
         logits = self.categorical.logits(output)
         means = process.at(process.sqrt_alpha_bar, t, logits) * self._positions(logits).view(1, -1, 1, 1, 1)
         precision = torch.exp(-2 * process.at(process.log_noise_std, t, logits))

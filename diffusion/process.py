@@ -51,12 +51,17 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas: Tensor, variance: Callable[[Tensor], Tensor] = small) -> None:
         super().__init__()
-        betas = torch.as_tensor(betas, dtype=torch.float64)
+        betas = torch.as_tensor(betas, dtype=torch.float64).detach()
         if betas.ndim != 1 or not len(betas):
             raise ValueError(f"betas must be a vector of T >= 1 entries, got shape {tuple(betas.shape)}")
         check_betas(betas, "betas", "every beta must lie strictly between 0 and 1")
         self.num_steps = len(betas)
-        for name, value in _coefficients(betas, variance(betas)).items():
+        variances = variance(betas)
+        if variances.shape != betas.shape or not bool((variances > 0).all()):
+            raise ValueError(
+                f"variance must give {len(betas)} positive numbers, one for each step, got {tuple(variances.shape)}"
+            )
+        for name, value in _coefficients(betas, variances).items():
             self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> GaussianDiffusion:
@@ -69,6 +74,8 @@ class GaussianDiffusion(nn.Module):
 
     def at(self, coefficient: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
         """Gathers coefficient[t] and shapes it to multiply ``like``: (B,) -> (B, 1, ..., 1), or one t for all -> ()."""
+        if not like.is_floating_point():
+            raise TypeError(f"x is {like.dtype}, no floating-point numbers: images of levels go through losses.to_unit first")
         if isinstance(t, int):
             return coefficient[t].to(like.dtype)
         return per_example(coefficient.index_select(0, t), like)  # half the time of coefficient[t]

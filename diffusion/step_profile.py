@@ -35,6 +35,8 @@ class StepProfile(nn.Module):
         """Adds draws of KL_t: t (B,), step_kl (B,) nats; entries at t < 2 are ignored later."""
         if self._sums is None:
             self._sums = torch.zeros(2, len(self.proposal), dtype=torch.float32, device=t.device)
+        elif self._sums.device != t.device:  # the model was moved
+            self._sums = self._sums.to(t.device)
         if self._fading:
             self._sums *= MEMORY
             self._fading = False

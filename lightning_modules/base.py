@@ -138,7 +138,18 @@ class LikelihoodModule(LightningModule, ABC):
         return {"estimator": "one draw of the latents for each image"}
 
     def to_unit(self, x: Tensor) -> Tensor:
-        """Maps levels to [-1, 1]; continuous data stays as it is. float32, or float64 in a float64 model."""
+        """Maps levels to [-1, 1]; continuous data stays as it is. float32, or float64 in a float64 model.
+
+        Raises:
+            ValueError: if these are not images (B, C, H, W) of this model, or numbers where levels are due.
+        """
+        if x.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images of shape {tuple(x.shape)} given to a model of (B, {', '.join(map(str, self.image_shape))})"
+            )
+        if x.is_floating_point() == (self.levels is not None):
+            due = "continuous values" if self.levels is None else f"whole numbers 0..{self.levels - 1}"
+            raise ValueError(f"images are {x.dtype}, but this model takes {due}")
         return x.to(self.likelihood_dtype) if self.levels is None else to_unit(x, self.levels, self.likelihood_dtype)
 
     def on_train_start(self) -> None:

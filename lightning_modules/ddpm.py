@@ -44,7 +44,7 @@ class StepDraws:
 def steps_per_call(x0: Tensor) -> int:
     """Returns how many steps of each image go into one network batch: the same on every rank, as noise is drawn per call."""
     numbers, rows = CPU_CALL if x0.device.type == "cpu" else ACCELERATOR_CALL
-    return max(1, min(rows, numbers // x0.shape[1:].numel()) // global_batch(len(x0)))
+    return max(1, min(rows, numbers // x0.shape[1:].numel()) // max(1, global_batch(len(x0))))
 
 
 class DDPMLightningModule(LikelihoodModule):
@@ -87,6 +87,10 @@ class DDPMLightningModule(LikelihoodModule):
                 )
         self.likelihood = parameterization.likelihood(self.levels)
         self.process = GaussianDiffusion(schedule(num_steps), variance)
+        if self.process.num_steps != num_steps:
+            raise ValueError(
+                f"the schedule gives {self.process.num_steps} betas for num_steps={num_steps}: give one for each step"
+            )
         parameterization.check(self.process)
         self.parameterization, self.weighting, self.timestep_sampler = parameterization, weighting, timestep_sampler
         self.sampler = sampler
@@ -115,8 +119,10 @@ class DDPMLightningModule(LikelihoodModule):
             ValueError: if ``calls`` leaves none for t > 1.
         """
         x0 = self.to_unit(x)
-        if calls is not None and calls < 2:
-            raise ValueError(f"calls={calls} must be at least 2 (one for t = 1, the rest above it), or None for all steps")
+        if calls is not None and not (isinstance(calls, int) and calls >= 2):
+            raise ValueError(
+                f"calls={calls} must be an integer of at least 2 (one for t = 1, the rest above it), or None for all steps"
+            )
         if calls is None or calls >= self.num_steps:
             matching, control = self._every_step_kl(x0).sum(0), None
         else:
@@ -191,6 +197,8 @@ class DDPMLightningModule(LikelihoodModule):
         self.step_profile.record(t, matching.detach())
         noise_hat = self.parameterization.epsilon(output, x_t, t, self.process)
         loss = self.weighting(StepTerms(matching - reconstruction, prior, noise, noise_hat, self.num_steps))
+        if loss.shape != prior.shape:
+            raise ValueError(f"the weighting gives shape {tuple(loss.shape)}, not one number for each of {len(prior)} images")
         return loss.mean() / self.num_dims, Elbo(self.num_steps * reconstruction, prior, self.num_steps * matching)
 
     def sample(self, num: int, mean: bool = False) -> Tensor:

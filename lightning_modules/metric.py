@@ -24,9 +24,10 @@ class ElboMetric(Metric):
     def update(self, elbo: Elbo) -> None:
         """Adds a batch of per-example terms."""
         terms = torch.stack([elbo.value, elbo.reconstruction, elbo.prior, elbo.matching]).detach().to(self.total.dtype)
-        self.total += terms.sum(1)
-        self.square += terms.square().sum(1)
-        self.count += terms.shape[1]
+        # not in place: sums that trainer.validate has made are inference tensors, which trainer.fit could not change
+        self.total = self.total + terms.sum(1)
+        self.square = self.square + terms.square().sum(1)
+        self.count = self.count + terms.shape[1]
 
     def compute(self) -> dict[str, Tensor]:
         """Returns {term: mean, term_se: its standard error over examples}, nats per example."""

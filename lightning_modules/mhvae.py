@@ -60,6 +60,9 @@ class MHVAELightningModule(LikelihoodModule):
         sizes = {"depth": depth, "latent_dim": latent_dim}
         if not isinstance(posterior, nn.Module):
             posterior = posterior(encoder=partial(encoder, image_shape=self.image_shape), transitions=transition, **sizes)
+            shared = {id(module) for module in transition} if isinstance(transition, Sequence) else set()
+            if shared & {id(module) for module in posterior.modules()}:
+                raise ValueError("these transitions are p's, and this posterior has its own: give it built, or give a factory")
         self.posterior = posterior
         self.generative = build_transitions(transition, **sizes)
         self.decoder = build(

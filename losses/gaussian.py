@@ -52,6 +52,10 @@ class DiagGaussian:
     log_std: Tensor
 
     def __post_init__(self) -> None:
+        if not self.mean.is_floating_point():
+            raise TypeError(
+                f"the mean is {self.mean.dtype}, no floating-point numbers: images of levels go through to_unit first"
+            )
         object.__setattr__(self, "mean", full_precision(self.mean))
         object.__setattr__(self, "log_std", full_precision(self.log_std))
         if self.log_std.shape != self.mean.shape and not _broadcasts(self.log_std.shape, self.mean.shape):

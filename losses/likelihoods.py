@@ -70,6 +70,15 @@ def _split(params: Tensor, num: int) -> Tensor:
     return full_precision(params).unflatten(1, (num, -1))
 
 
+def _check(params: Tensor, x: Tensor, num: int) -> None:
+    """Refuses parameters of other pixels, which would broadcast to a finite and wrong figure."""
+    if params.ndim < 2 or x.ndim < 2 or params.shape != (x.shape[0], num * x.shape[1], *x.shape[2:]):
+        raise ValueError(
+            f"parameters of shape {tuple(params.shape)} do not belong to images of shape {tuple(x.shape)}: for each channel "
+            f"there must be {num}"
+        )
+
+
 @dataclass(frozen=True)
 class Bernoulli:
     """Two levels, one logit a pixel: P(x = 1) = sigmoid(logit).
@@ -90,6 +99,7 @@ class Bernoulli:
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x), nats: (B, C, H, W), (B, C, H, W) -> (B,)."""
+        _check(params, x, 1)
         logits = full_precision(params)
         return sum_except_batch(F.logsigmoid(logits * to_unit(x, 2).to(logits.dtype)))  # 1 - sigmoid(l) = sigmoid(-l)
 
@@ -119,6 +129,7 @@ class Categorical:
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x), nats: (B, L·C, H, W), (B, C, H, W) -> (B,)."""
+        _check(params, x, self.levels)
         return -sum_except_batch(F.cross_entropy(self.logits(params), x.long(), reduction="none"))
 
     def mean(self, params: Tensor) -> Tensor:
@@ -160,6 +171,7 @@ class _Discretized:
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x), nats: (B, 2·C, H, W), (B, C, H, W) -> (B,)."""
+        _check(params, x, 2)
         mean, log_scale = _split(params, 2).unbind(1)
         return sum_except_batch(self.log_mass(mean, log_scale, x))
 
@@ -251,6 +263,7 @@ class DiscretizedLogisticMixture:
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x), nats: (B, 3K·C, H, W), (B, C, H, W) -> (B,)."""
+        _check(params, x, self.params_per_channel)
         log_share, mean, log_scale = self._parts(params)
         return sum_except_batch(torch.logsumexp(log_share + self.component.log_mass(mean, log_scale, x.unsqueeze(1)), 1))
 
@@ -286,6 +299,7 @@ class Gaussian:
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns the log-density ln p(x), nats: (B, 2·C, H, W), (B, C, H, W) -> (B,)."""
+        _check(params, x, 2)
         return DiagGaussian(*_split(params, 2).unbind(1)).log_prob(x)
 
     def mean(self, params: Tensor) -> Tensor:

@@ -172,3 +172,8 @@ def test_every_configuration_builds(name, rule, tmp_path):
     assert data.binarization.name == (rule or "none")
     assert rule not in ("static", "dynamic") or data.levels == 2
     assert data.name == name
+
+
+def test_what_has_no_grey_levels_is_not_made_binary():
+    with pytest.raises(ValueError, match="digits has no grey levels"):
+        DigitsDataModule(image_shape=[1, 8, 8], levels=17, batch_size=8, seed=0, binarization=DynamicBinarization())

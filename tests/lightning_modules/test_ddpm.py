@@ -261,7 +261,7 @@ def test_a_chain_whose_signal_vanishes_is_refused_where_noise_is_predicted():
         assert all(parameter.grad.isfinite().all() for parameter in model.network.parameters())
 
 
-@pytest.mark.parametrize("calls", [1, 0, -3])
+@pytest.mark.parametrize("calls", [1, 0, -3, 2.5])
 def test_calls_that_would_leave_the_matching_terms_out_are_refused(calls):
-    with pytest.raises(ValueError, match=f"calls={calls} must be at least 2"):
+    with pytest.raises(ValueError, match=f"calls={calls} must be an integer of at least 2"):
         ddpm(X0(), num_steps=10).elbo(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), calls)

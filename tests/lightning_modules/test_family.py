@@ -1,18 +1,21 @@
 """One family: DDPM with T = 1 is a VAE, an MHVAE of depth 1 is a VAE, an MHVAE with DDPM's q has DDPM's bound."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
+from torch.utils.data import DataLoader
 
 import diffusion
 from diffusion import X0, Epsilon, Lattice
 from lightning_modules import DDPMLightningModule, MarkovPosterior, MHVAELightningModule, TopDownPosterior, VAELightningModule
 from lightning_modules.posteriors import product
 from losses import DiagGaussian, DiscretizedGaussian, DiscretizedLogistic, Gaussian
-from networks import MLPDecoder, MLPEncoder
+from networks import GaussianTransition, MLPDecoder, MLPEncoder
 from tests.lightning_modules.test_ddpm import Tiny, linear_model
 from tests.linear_gaussian import elbo_terms
 
@@ -263,3 +266,81 @@ def test_the_gradient_vanishes_at_the_predictor_that_theory_names():
         model = linear_model(diffusion.cosine(4), s2, factors)
         (gradients[name],) = torch.autograd.grad(-model.elbo(x).value.mean(), model.network.factors)
     assert (gradients["optimal"].abs() < gradients["poor"].abs() / 50).all()
+
+
+def models():
+    """One of each family, for images of SHAPE."""
+    settings = {"image_shape": SHAPE, "levels": LEVELS}
+    encoder, decoder = partial(MLPEncoder, hidden_dim=8), partial(MLPDecoder, hidden_dim=8)
+    vae = VAELightningModule(encoder, decoder, DiscretizedLogistic(LEVELS), 3, **settings)
+    transition = partial(GaussianTransition, hidden_dim=8)
+    mhvae = MHVAELightningModule(
+        TopDownPosterior, decoder, DiscretizedLogistic(LEVELS), 2, 3, encoder=encoder, transition=transition, **settings
+    )
+    ddpm = DDPMLightningModule(Tiny(2, 1), diffusion.cosine, 4, Epsilon(), **settings)
+    return {"vae": vae, "mhvae": mhvae, "ddpm": ddpm}
+
+
+@pytest.mark.parametrize("name", ["vae", "mhvae", "ddpm"])
+def test_a_bare_trainer_validates_before_and_between_training(name, tmp_path):
+    model = models()[name]
+    loader = DataLoader(torch.randint(0, LEVELS, (20, *SHAPE)).to(torch.uint8), batch_size=10)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    before = trainer.validate(model, loader, verbose=False)[0]["val/bpd"]
+    trainer.fit(model, loader, loader)
+    after = trainer.validate(model, loader, verbose=False)[0]["val/bpd"]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, loader, loader)
+    assert before != after
+
+
+@pytest.mark.parametrize("name", ["vae", "mhvae", "ddpm"])
+def test_images_of_another_shape_or_kind_have_no_bound(name):
+    model, images = models()[name], torch.randint(0, LEVELS, (4, *SHAPE)).to(torch.uint8)
+    assert model.elbo(images).value.isfinite().all()
+    assert model.elbo(images[:0]).value.shape == (0,)
+    for wrong in (images[:, 0], images[:, :1], images[..., :2], images.float(), model.to_unit(images)):
+        with pytest.raises(ValueError, match="images"):
+            model.elbo(wrong)
+
+
+def test_what_would_broadcast_to_a_finite_bound_is_refused():
+    x, x_t = torch.zeros(4, 2, 3, 3, dtype=torch.uint8), torch.zeros(4, 2, 3, 3)
+    for likelihood in (DiscretizedGaussian(17), DiscretizedLogistic(17), Gaussian()):
+        for params in (torch.zeros(4, 6, 3, 3), torch.zeros(1, 4, 3, 3), torch.zeros(4, 4, 1, 1)):
+            with pytest.raises(ValueError, match="do not belong to images"):
+                likelihood.log_prob(params, x)
+    process, t = diffusion.GaussianDiffusion(diffusion.cosine(5)), torch.full((4,), 3)
+    for parameterization in (Epsilon(), X0(), Lattice(3)):
+        for output in (torch.zeros(4, 4, 3, 3), torch.zeros(1, 2, 3, 3), torch.zeros(4, 2, 1, 1)):
+            with pytest.raises(ValueError, match="the network gives"):
+                process.reverse(output, x_t, t, parameterization)
+    for method in (process.marginal, process.step):
+        with pytest.raises(TypeError, match="to_unit"):
+            method(x, t)
+    with pytest.raises(TypeError, match="to_unit"):
+        process.prior_kl(x)
+
+
+def test_schedules_variances_and_weightings_of_another_length_are_refused():
+    settings = {"image_shape": SHAPE, "levels": LEVELS, "num_steps": 4, "parameterization": Epsilon()}
+    with pytest.raises(ValueError, match="8 betas for num_steps=4"):
+        DDPMLightningModule(Tiny(2, 1), lambda num: diffusion.constant(2 * num, 0.3), **settings)
+    for variance in (lambda betas: betas[:-1], lambda betas: -betas):
+        with pytest.raises(ValueError, match="4 positive numbers"):
+            DDPMLightningModule(Tiny(2, 1), diffusion.cosine, variance=variance, **settings)
+    model = DDPMLightningModule(Tiny(2, 1), diffusion.cosine, weighting=lambda terms: terms.term.mean(), **settings)
+    with pytest.raises(ValueError, match="the weighting gives shape"):
+        model.objective(torch.zeros(4, *SHAPE, dtype=torch.uint8))
+
+
+def test_transitions_of_p_are_not_silently_those_of_q_too():
+    transitions, encoder = [GaussianTransition(3, 3, hidden_dim=8)], partial(MLPEncoder, hidden_dim=8)
+    with pytest.raises(ValueError, match="this posterior has its own"):
+        MHVAELightningModule(
+            MarkovPosterior, partial(MLPDecoder, hidden_dim=8), DiscretizedLogistic(LEVELS), 2, 3, encoder=encoder,
+            transition=transitions, image_shape=SHAPE, levels=LEVELS,
+        )  # fmt: skip

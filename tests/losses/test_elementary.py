@@ -39,3 +39,13 @@ def test_ln_phi_has_the_gradients_of_finite_differences():
     places = torch.linspace(-30, 8, 77, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(log_normal_cdf, places)
     assert torch.autograd.gradgradcheck(log_normal_cdf, places)
+
+
+def test_ln_phi_is_followed_by_function_transforms():
+    places = torch.linspace(-50, 5, 12, dtype=torch.float64)
+    (right,) = torch.autograd.grad(log_normal_cdf(places.requires_grad_()).sum(), places)
+    gradient = torch.func.grad(lambda z: log_normal_cdf(z).sum())(places.detach())
+    each = torch.func.vmap(torch.func.grad(log_normal_cdf))(places.detach())
+    _, forward = torch.func.jvp(log_normal_cdf, (places.detach(),), (torch.ones_like(places),))
+    for other in (gradient, each, forward):
+        torch.testing.assert_close(other, right)
