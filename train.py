@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hydra
@@ -28,7 +29,8 @@ def main(cfg: DictConfig) -> float | None:
     try:
         return run(cfg)
     except SettingError as error:
-        silent = is_child_rank() and not isinstance(error, RankError)  # what every rank meets is said once
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # what every rank of a node meets is said once
+        silent = not first and not isinstance(error, RankError)
         sys.exit(1 if silent else f"error: {error}")
     except SIGTERMException:  # Lightning kills rank 0, which may be writing, when a child of its ends with another code than 0
         sys.exit(0 if is_child_rank() else TERMINATED)

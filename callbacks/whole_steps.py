@@ -50,18 +50,22 @@ class WholeSteps(StopsBehindBatches):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops behind this batch."""
-        self._stop_if_asked(trainer)
+        """Stops behind this batch, if it ended in an optimiser step: gradients that are being accumulated are not saved."""
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on Ctrl-C does not wait, if it has not come yet."""
         super().on_validation_start(trainer, pl_module)
         self._held = False
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on it waits again."""
-        super().on_validation_end(trainer, pl_module)
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on it waits again: what follows weighs the figure and saves, and one without the other would be a lie."""
         self._held = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops behind the validation."""
+        super().on_validation_end(trainer, pl_module)
         self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -190,7 +192,8 @@ class ImageDataModule(LightningDataModule, ABC):
         workers = self.num_workers
         settings: dict[str, Any] = {"batch_size": None, "num_workers": workers, "persistent_workers": workers > 0}
         if workers:
-            settings |= {"prefetch_factor": self.prefetch, "multiprocessing_context": worker_context()}
+            settings |= {"prefetch_factor": self.prefetch, "worker_init_fn": end_with_the_run}
+            settings["multiprocessing_context"] = worker_context()
         # a GPU copies from pinned memory while the host goes on, which Lightning asks it to
         settings["pin_memory"] = isinstance(getattr(self.trainer, "accelerator", None), CUDAAccelerator)
         if split == "train":
@@ -246,6 +249,18 @@ def worker_context() -> str:
         return "spawn"
     multiprocessing.get_context("forkserver").set_forkserver_preload(["datamodules"])  # imported once, for all of them
     return "forkserver"
+
+
+def end_with_the_run(worker: int) -> None:
+    """Lets go of the pipe by which the process that workers begin from knows that the run is alive.
+
+    It ends with the run then, however that ends, and PyTorch has a worker end when what it began from has ended.
+    """
+    module = sys.modules.get("multiprocessing.forkserver")  # not there where workers are spawned
+    server = getattr(module, "_forkserver", None)
+    if getattr(server, "_forkserver_alive_fd", None) is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
 
 
 def shuffled(num: int, seed: int) -> Tensor:

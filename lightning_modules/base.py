@@ -153,13 +153,16 @@ class LikelihoodModule(LightningModule, ABC):
         return x.to(self.likelihood_dtype) if self.levels is None else to_unit(x, self.levels, self.likelihood_dtype)
 
     def on_train_start(self) -> None:
-        """Trains with the optimiser's settings of this run: a checkpoint brings those that it was written with."""
-        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
-            group.update(settings)
-        scheduler.base_lrs = [settings["lr"] for settings in self._settings]
-        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+        """Trains with the settings that the optimiser was given here: a checkpoint brings those that it was written with.
+
+        Only with those: what else stands in a parameter group may be the optimiser's own state.
+        """
+        scheduler = self.lr_schedulers()
+        for index, (group, given) in enumerate(zip(scheduler.optimizer.param_groups, self._given, strict=True)):
+            group.update(given)
+            if "lr" in given:
+                scheduler.base_lrs[index] = group["initial_lr"] = given["lr"]
+                group["lr"] = given["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Sets Lightning's count of steps, which numbers the rows of validation: resumed amid an epoch it may be too high."""
@@ -287,9 +290,8 @@ class LikelihoodModule(LightningModule, ABC):
     def configure_optimizers(self) -> dict[str, Any]:
         """Builds the optimiser and its learning rate by step."""
         optimizer = self.optimizer_factory(self.parameters())
-        self._settings = [
-            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
-        ]
+        given = getattr(self.optimizer_factory, "keywords", {}).items()
+        self._given = [{name: value for name, value in given if group.get(name) == value} for group in optimizer.param_groups]
         total = self.trainer.estimated_stepping_batches
         scheduler = LambdaLR(optimizer, lambda step: self.lr_factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

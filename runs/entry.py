@@ -57,7 +57,8 @@ def start(main: Callable[[], object]) -> None:
     except OSError as error:
         if asked or error.filename is None:
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}; choose another place by hydra.run.dir or paths.output_dir")
+        advice = "; choose another place by hydra.run.dir or paths.output_dir" if Path(sys.argv[0]).stem == "train" else ""
+        sys.exit(f"error: {error.filename}: {error.strerror}{advice}")
     finally:
         if not asked:
             os.environ.pop(FULL, None)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
@@ -130,9 +131,9 @@ def load_data(cfg: DictConfig) -> LightningDataModule:
 
 
 def only_tries(trainer: Trainer, cfg: DictConfig) -> bool:
-    """Whether this job leaves no run: it looks for a batch size, or whether all of it works."""
+    """Whether this job leaves no run: it looks for a batch size, or whether all of it works; a sweep has a place for that."""
     looks = any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)
-    return looks or bool(cfg.trainer.get("fast_dev_run"))
+    return looks or (bool(cfg.trainer.get("fast_dev_run")) and HydraConfig.get().mode != RunMode.MULTIRUN)
 
 
 def check_ranks(trainer: Trainer, datamodule: LightningDataModule, cfg: DictConfig) -> None:

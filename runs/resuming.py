@@ -115,7 +115,7 @@ def same_optimizer(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> 
     Raises:
         SettingError: naming both.
     """
-    there, here = (config["model"]["optimizer"]["_target_"] for config in (theirs, ours))
+    there, here = ((config["model"].get("optimizer") or {}).get("_target_", "torch.optim.AdamW") for config in (theirs, ours))
     if there != here:
         raise SettingError(
             f"ckpt={path} was trained by {there}, here {here}, which has another state: keep model.optimizer._target_={there}"

@@ -10,7 +10,8 @@ from callbacks import WholeSteps
 
 
 def trainer_of(devices=1):
-    return SimpleNamespace(world_size=devices, _signal_connector=SimpleNamespace(received_sigterm=False))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_accumulate=lambda: False))
+    return SimpleNamespace(world_size=devices, _signal_connector=SimpleNamespace(received_sigterm=False), fit_loop=loop)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,23 @@ def test_a_validation_is_cut_off_but_for_one_it_came_just_before():
         assert not trainer._signal_connector.received_sigterm
         callback.on_validation_end(trainer, None)
         assert trainer._signal_connector.received_sigterm
+
+
+def test_the_saving_behind_a_validation_is_not_cut():
+    trainer, callback = started()
+    callback.on_validation_start(trainer, None)
+    callback.on_validation_epoch_end(trainer, None)
+    ctrl_c()
+    callback.on_validation_end(trainer, None)
+    assert trainer._signal_connector.received_sigterm
+
+
+def test_gradients_that_are_being_accumulated_become_a_step_first():
+    trainer, callback = started()
+    trainer.fit_loop.epoch_loop._should_accumulate = lambda: True
+    assert not step(trainer, callback, ctrl_c)
+    trainer.fit_loop.epoch_loop._should_accumulate = lambda: False
+    assert step(trainer, callback)
 
 
 def test_after_the_last_step_it_stops_what_would_follow():

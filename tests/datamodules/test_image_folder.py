@@ -1,5 +1,13 @@
 """Folders of pictures: found, resized, cropped, split, and the same from memory as from disk."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +15,7 @@ from PIL import Image
 
 from datamodules import ImageFolderDataModule, MissingDataError, UnreadablePictureError
 from datamodules.image_folder import Pictures
+from tests.jobs import ROOT
 
 SETTINGS = {"image_size": 8, "image_shape": [3, 8, 8], "levels": 256, "batch_size": 4, "seed": 0}
 RNG = np.random.default_rng(0)
@@ -86,6 +95,43 @@ def test_streaming_gives_the_batches_of_memory(tmp_path, num_workers):
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         pairs = zip(getattr(memory, loader)(), getattr(stream, loader)(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+KILLED = """
+import os, signal, sys
+from datamodules import ImageFolderDataModule
+if __name__ == "__main__":
+    shared = {"image_size": 8, "image_shape": [3, 8, 8], "levels": 256, "batch_size": 4, "seed": 0}
+    data = ImageFolderDataModule(root=sys.argv[1], max_memory_gb=0, num_workers=2, **shared)
+    data.setup()
+    loader = data.train_dataloader()
+    list(loader)  # its workers wait for the next pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes where Linux lists them")
+def test_nothing_outlives_a_killed_run(tmp_path):
+    write(tmp_path / "pictures", 40)
+    (tmp_path / "killed.py").write_text(KILLED)
+    mark = f"MARK={tmp_path}"
+    done = subprocess.run(
+        [sys.executable, tmp_path / "killed.py", tmp_path / "pictures"],
+        env=os.environ | {"MARK": str(tmp_path), "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+
+    def left():
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                found += [path] if mark in path.read_bytes().decode(errors="replace") else []
+        return found
+
+    deadline = time.monotonic() + 30  # a worker looks every five seconds
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left()
 
 
 def test_pictures_of_sixteen_bits_are_those_of_eight_and_numbers_without_a_range_are_refused(tmp_path):

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from callbacks import SeededBatches, Vitals
 from lightning_modules import VAELightningModule
@@ -272,3 +273,64 @@ def test_a_finished_run_that_is_started_again_has_one_row_of_its_test(tmp_path):
     before = rows(tmp_path)
     run_here(tmp_path, *COMMON, "trainer.max_epochs=1", "ckpt=auto")
     assert rows(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
+def test_ctrl_c_while_a_checkpoint_is_written_loses_neither_it_nor_its_figure(name, six_epochs, tmp_path, monkeypatch):
+    usual, count = TorchCheckpointIO.save_checkpoint, itertools.count()
+
+    def save(self, checkpoint, path, *args, **kwargs):
+        if str(path).endswith(name) and next(count) == 2:  # of the last validation
+            ctrl_c()
+        usual(self, checkpoint, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchCheckpointIO, "save_checkpoint", save)
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            run_here(tmp_path, *SHORT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_here(tmp_path, *SHORT, "ckpt=auto")
+    assert rows(tmp_path) == rows(six_epochs)
+    assert result(tmp_path / "run")["metrics"] == result(six_epochs / "run")["metrics"]
+    best = [torch.load(path / "run/checkpoints/best.ckpt", weights_only=True) for path in (tmp_path, six_epochs)]
+    assert best[0]["global_step"] == best[1]["global_step"]
+
+
+def test_ctrl_c_amid_accumulated_gradients_waits_for_their_step(tmp_path, monkeypatch):
+    settings = (*SHORT, "trainer.accumulate_grad_batches=3", "trainer.max_epochs=4")
+    run_here(tmp_path / "whole", *settings)
+    usual, count = VAELightningModule.training_step, itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(VAELightningModule, "training_step", lambda *args: (next(count) == 12 and ctrl_c(), usual(*args))[1])
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            run_here(tmp_path / "parts", *settings)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_here(tmp_path / "parts", *settings, "ckpt=auto")
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a count of its own in its parameter group, as optimisers without schedules do."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.param_groups[0]["k"] = 0
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.param_groups[0]["k"] += 1
+        return loss
+
+
+def test_an_optimisers_own_state_is_not_set_back(tmp_path):
+    settings = (*SHORT, "~model.optimizer.betas", "~model.optimizer.fused", "model.optimizer.lr=1e-3",
+                "model.optimizer._target_=tests.runs.test_resume.Counting")  # fmt: skip
+    run_here(tmp_path, *settings, "trainer.max_epochs=2")
+    run_here(tmp_path, *settings, "trainer.max_epochs=4", "ckpt=last")
+    assert last(tmp_path)["optimizer_states"][0]["param_groups"][0]["k"] == 44
+
+
+def test_a_run_without_settings_of_an_optimiser_goes_on(tmp_path):
+    run_here(tmp_path, *SHORT, "~model.optimizer", "trainer.max_epochs=2")
+    run_here(tmp_path, *SHORT, "~model.optimizer", "trainer.max_epochs=4", "ckpt=last")
+    assert last(tmp_path)["global_step"] == 44
