@@ -133,7 +133,7 @@ def interrupt(directory, settings, hook, places, monkeypatch):
     run_here(directory, *settings, "ckpt=auto")
 
 
-@pytest.mark.parametrize("places", [(10, 30), (21, 40), (10, 21, 32), (32, 43, 54), (11, 22), (9, 10, 11)])
+@pytest.mark.parametrize("places", [(10, 30), (21, 43, 54), (9, 10, 11)])
 def test_a_run_is_stopped_again_and_again_also_behind_the_last_batch_of_an_epoch(places, six_epochs, tmp_path, monkeypatch):
     interrupt(tmp_path, SHORT, "on_train_batch_start", places, monkeypatch)
     assert last(tmp_path)["global_step"] == 66
@@ -141,7 +141,7 @@ def test_a_run_is_stopped_again_and_again_also_behind_the_last_batch_of_an_epoch
     assert same(last(tmp_path)["state_dict"], last(six_epochs)["state_dict"])
 
 
-@pytest.mark.parametrize("places", [(22,), (44,), (22, 44), (22, 22), (66,)])
+@pytest.mark.parametrize("places", [(22, 44), (22, 22), (66,)])
 def test_a_validation_that_is_cut_off_is_done_again_and_no_step_is_lost(places, six_epochs, tmp_path, monkeypatch, capsys):
     interrupt(tmp_path, SHORT, "on_validation_batch_start", places, monkeypatch)
     assert rows(tmp_path) == rows(six_epochs)
