@@ -1,8 +1,9 @@
 """Floor 4: what watches a run: averaging, seeding, checkpoints, stopping, progress, vitals, pictures and batch size."""
 
 from callbacks.batch_size import BatchSizeFinder
-from callbacks.checkpoints import RunCheckpoint, all_finite, diverged
+from callbacks.checkpoints import RunCheckpoint, all_finite, diverged, run_checkpoint
 from callbacks.ema import EMA
+from callbacks.last_validation import LastValidation
 from callbacks.pictures import Pictures
 from callbacks.progress import LineProgress, progress_bar
 from callbacks.seeding import SeededBatches
@@ -13,6 +14,7 @@ from callbacks.whole_steps import WholeSteps
 __all__ = [
     "EMA",
     "BatchSizeFinder",
+    "LastValidation",
     "LineProgress",
     "Pictures",
     "RunCheckpoint",
@@ -24,4 +26,5 @@ __all__ = [
     "all_finite",
     "diverged",
     "progress_bar",
+    "run_checkpoint",
 ]

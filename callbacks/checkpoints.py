@@ -43,6 +43,7 @@ class RunCheckpoint(ModelCheckpoint):
     Attributes:
         interrupted: whether training was, and last.ckpt is there to go on from.
         kept_step: the step of last.ckpt.
+        loaded_step: the step of the checkpoint that was read last, to go on from or to test.
 
     Args:
         dirpath: where they go.
@@ -53,10 +54,16 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(self, dirpath: str, config: dict[str, Any], file_format: int) -> None:
         # val/elbo and not val/bpd: the same order, and continuous data has no bits/dim
         super().__init__(
-            dirpath=dirpath, filename="best", monitor="val/elbo", mode="max", save_last=True, enable_version_counter=False
+            dirpath=dirpath,
+            filename="best",
+            monitor="val/elbo",
+            mode="max",
+            save_last=True,
+            save_on_train_epoch_end=False,  # but behind validations
+            enable_version_counter=False,
         )
         self.config, self.file_format = config, file_format
-        self.interrupted, self.kept_step, self._looked_at = False, 0, 0
+        self.interrupted, self.kept_step, self.loaded_step, self._looked_at = False, 0, 0, 0
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -64,9 +71,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Goes on from the weights that were trained, also where no callback averages them any more."""
+        self.loaded_step = checkpoint["global_step"]
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self.kept_step = checkpoint["global_step"]
+        self.kept_step = self.loaded_step
+        if checkpoint["config"]["data"]["batch_size"] != self.config["data"]["batch_size"]:
+            _end_epoch(checkpoint["loops"]["fit_loop"])
         if "current_model_state" in checkpoint and not any(isinstance(callback, EMA) for callback in trainer.callbacks):
             load_whole(pl_module, checkpoint["current_model_state"])
 
@@ -101,10 +111,20 @@ class RunCheckpoint(ModelCheckpoint):
             self._check(trainer, "train/loss")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends a run whose validation figure is not finite, before it is kept."""
+        """Ends a run whose validation figure is not finite, before it is kept; writes last.ckpt whatever the figure.
+
+        Lightning does so only where the figure is the best so far: a run that is killed would go on from there.
+        """
         if not trainer.sanity_checking:
             self._check(trainer, "val/elbo")
         super().on_validation_end(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes last.ckpt behind every epoch where there are no validations."""
+        if not trainer.enable_validation and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @staticmethod
     def _check(trainer: Trainer, name: str) -> None:
@@ -145,3 +165,18 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
             self.kept_step = trainer.global_step
         self.interrupted = last.exists()
+
+
+def _end_epoch(fit_loop: dict[str, Any]) -> None:
+    """Counts an epoch as over whose last batch has been trained on: counted in other batches it would not be."""
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if batches["is_last_batch"]:
+        for counts in epochs.values():
+            counts["processed"] = counts["completed"] = counts["started"]
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+
+
+def run_checkpoint(trainer: Trainer) -> RunCheckpoint | None:
+    """Returns the one that keeps the run's best and last, or None; a user's own may come before it."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, RunCheckpoint)), None)

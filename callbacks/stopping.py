@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from callbacks.checkpoints import run_checkpoint
 from lightning_modules.sharding import sharded_parts
 
 PATIENCE = 10.0  # seconds: SLURM may send a signal to a task twice, by srun and by itself
@@ -100,7 +101,7 @@ class StopTogether(StopsBehindBatches):
         """Saves what is sharded, and puts a job of SLURM back in the queue."""
         if not self.stopped_by:
             return
-        saver = trainer.checkpoint_callback
+        saver = run_checkpoint(trainer)
         if saver is not None and sharded_parts(pl_module):
             saver.interrupted = True
             trainer.save_checkpoint(Path(saver.dirpath) / f"last{saver.FILE_EXTENSION}")

@@ -23,7 +23,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from callbacks import EMA, BatchSizeFinder, RunCheckpoint, StopsBehindBatches, WholeSteps, diverged
+from callbacks import (
+    EMA,
+    BatchSizeFinder,
+    LastValidation,
+    RunCheckpoint,
+    StopsBehindBatches,
+    WholeSteps,
+    diverged,
+    run_checkpoint,
+)
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
@@ -166,11 +175,11 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path, step
 
 
 def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) -> list[Callback]:
-    """Builds conf/callbacks, and the checkpoint callback unless checkpoints are off."""
+    """Builds conf/callbacks, the validation at the end, and the checkpoint callback unless checkpoints are off."""
     parts = {name: part for name, part in (cfg.get("callbacks") or {}).items() if part is not None}
     if cfg.trainer.get("enable_progress_bar") is False:
         parts.pop("progress", None)
-    callbacks = [build_part(part) for part in parts.values()]
+    callbacks = [*(build_part(part) for part in parts.values()), LastValidation()]
     if cfg.trainer.get("enable_checkpointing", True) and not cfg.trainer.get("fast_dev_run"):
         kept = {name: config[name] for name in ("model", "data", "seed")}
         callbacks += [RunCheckpoint(str(directory / "checkpoints"), kept, FORMAT), WholeSteps()]
@@ -206,8 +215,8 @@ def fit(
             raise KeyboardInterrupt from None
         raise
     finally:
-        saver = trainer.checkpoint_callback
-        if getattr(saver, "interrupted", False):
+        saver = run_checkpoint(trainer)
+        if saver is not None and saver.interrupted:
             kept = f" from step {saver.kept_step}" if saver.kept_step != trainer.global_step else ""
             say(trainer, f"\ninterrupted at step {trainer.global_step}; to go on{kept}:\n  {resume_command(directory)}")
 
@@ -236,7 +245,7 @@ def one_sentence(trainer: Trainer) -> Iterator[None]:
 
 def objective(trainer: Trainer, model: LikelihoodModule) -> float:
     """Returns the best validation figure of the run; the last one if no checkpoint was kept; NaN if there was no validation."""
-    elbo = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    elbo = getattr(run_checkpoint(trainer), "best_model_score", None)
     elbo = trainer.callback_metrics.get("val/elbo") if elbo is None else elbo
     if elbo is None:
         return math.nan
@@ -256,14 +265,17 @@ def test(
 ) -> None:
     """Tests the best weights, writes result.json and prints the table."""
     session, step = time.monotonic() - started, trainer.global_step
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    saver = run_checkpoint(trainer)
+    best = saver.best_model_path if saver is not None and saver.best_model_path else None
     with one_sentence(trainer):
         metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
+    tested = step if saver is None or best is None else saver.loaded_step
     metrics.pop("images_seen", None)  # no figure of the test set
     facts = {
         "weights": "ema" if any(isinstance(callback, EMA) for callback in trainer.callbacks) else "raw",
         "checkpoint": Path(best).name if best else None,
         "step": step,
+        "tested_step": tested,
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "protocol": {**datamodule.protocol(), **model.protocol()},
         "choices": {key: value for key, value in HydraConfig.get().runtime.choices.items() if not key.startswith("hydra/")},
@@ -278,4 +290,5 @@ def test(
     record = result_record(metrics, model.num_dims, model.levels, objective=figure, **facts)
     if trainer.is_global_zero and not only_tries(trainer, cfg):
         write_json(directory / RESULT, record)
-        Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, step {step}"))
+        steps = f"step {tested}" + (f", the best of {step}" if tested < step else "")
+        Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, {steps}"))

@@ -93,7 +93,7 @@ def test_mid_epoch_is_exact(stop, batch, goes_on_at, uninterrupted, tmp_path, mo
     assert last(tmp_path)["global_step"] == goes_on_at
     run_here(tmp_path, *COMMON, "ckpt=last")
     here, there = last(uninterrupted), last(tmp_path)
-    assert here["global_step"] == there["global_step"] == 30  # the last validation
+    assert here["global_step"] == there["global_step"] == 33
     for key in ("state_dict", "optimizer_states"):
         assert same(here[key], there[key])
     assert rows(tmp_path) == rows(uninterrupted)
@@ -227,9 +227,18 @@ def test_another_batch_size_is_refused_amid_an_epoch_and_taken_at_its_end(tmp_pa
     run_here(tmp_path / "amid", *COMMON, "trainer.max_steps=15")
     with pytest.raises(SettingError, match=r"data\.batch_size=128, not 64"):
         run_here(tmp_path / "amid", *COMMON, "data.batch_size=64", "ckpt=last")
-    run_here(tmp_path / "end", "model=vae", "logger=csv", "trainer.max_epochs=1")
-    run_here(tmp_path / "end", "model=vae", "logger=csv", "data.batch_size=64", "ckpt=last")
-    assert last(tmp_path / "end")["global_step"] == 11 + 22
+
+
+@pytest.mark.parametrize("length", [("trainer.max_epochs=3",), ("trainer.max_epochs=9", "trainer.max_steps=55")])
+@pytest.mark.parametrize("every", [1, 5])
+def test_an_epoch_that_ended_is_not_gone_on_with_in_other_batches(every, length, tmp_path):
+    settings = ("model=vae", "logger=csv", f"trainer.check_val_every_n_epoch={every}", "trainer.log_every_n_steps=1")
+    run_here(tmp_path, *settings, "trainer.max_epochs=1")
+    run_here(tmp_path, *settings, *length, "data.batch_size=64", "ckpt=last")
+    assert last(tmp_path)["global_step"] == 11 + 2 * 22
+    epochs = [int(row["epoch"]) for row in rows(tmp_path) if row["train/loss"]]
+    assert epochs == [0] * 11 + [1] * 22 + [2] * 22
+    assert [int(row["step"]) for row in rows(tmp_path) if row["train/loss"]] == list(range(55))
 
 
 def test_another_batch_size_is_refused_behind_the_first_batch_too(tmp_path, monkeypatch):
