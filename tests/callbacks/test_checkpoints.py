@@ -9,7 +9,13 @@ from lightning_modules import VAELightningModule
 from runs.build import SettingError
 from tests.jobs import result, run_here
 
-JOB = ("model=vae", "logger=csv", "trainer.max_epochs=3", "model/lr_scheduler=constant")  # 11 steps an epoch
+JOB = (
+    "model=vae",
+    "logger=csv",
+    "callbacks.pictures=null",
+    "trainer.max_epochs=3",
+    "model/lr_scheduler=constant",
+)  # 11 steps an epoch
 objective = VAELightningModule.objective
 
 

@@ -10,7 +10,7 @@ from callbacks import RunCheckpoint
 from tests.jobs import result, run_here
 
 # 11 steps an epoch
-JOB = ("model=vae", "logger=csv", "callbacks.pictures.every_n_epochs=0", "trainer.check_val_every_n_epoch=5")
+JOB = ("model=vae", "logger=csv", "callbacks.pictures=null", "trainer.check_val_every_n_epoch=5")
 
 
 class StopsAt(Callback):

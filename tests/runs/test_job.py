@@ -288,7 +288,14 @@ def signalled(number, command, tmp_path, beyond=0):
 
 def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_path):
     """First Ctrl-C, then SIGTERM, then to the end."""
-    command_line = [*QUICK, *SMALL_DDPM, "trainer.max_epochs=100000", "hydra.run.dir=here", "model/lr_scheduler=constant"]
+    command_line = [
+        *QUICK,
+        *SMALL_DDPM,
+        "callbacks.pictures=null",
+        "trainer.max_epochs=100000",
+        "hydra.run.dir=here",
+        "model/lr_scheduler=constant",
+    ]
     step = 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         begun = step

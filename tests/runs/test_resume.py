@@ -15,7 +15,7 @@ from runs.build import SettingError
 from tests.jobs import result, run_here
 
 COMMON = (
-    "model=vae", "logger=csv", "callbacks.pictures.every_n_epochs=0", "trainer.max_epochs=3", "+trainer.val_check_interval=4",
+    "model=vae", "logger=csv", "callbacks.pictures=null", "trainer.max_epochs=3", "+trainer.val_check_interval=4",
 )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_mid_epoch_is_exact(stop, batch, goes_on_at, uninterrupted, tmp_path, mo
 SHORT = (
     "model=vae",
     "logger=csv",
-    "callbacks.pictures.every_n_epochs=0",
+    "callbacks.pictures=null",
     "trainer.max_epochs=6",
     "trainer.check_val_every_n_epoch=2",
 )

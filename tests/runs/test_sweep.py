@@ -18,7 +18,7 @@ from tests.runs.cluster import make_cluster
 from tests.runs.ranks import RECORD, assert_ranks_agree
 from tests.wandb_file import read, records
 
-JOB = [*QUICK, "model.num_steps=20", *(item for item in SMALL_DDPM if "num_steps" not in item)]
+JOB = [*QUICK, "callbacks.pictures=null", "model.num_steps=20", *(item for item in SMALL_DDPM if "num_steps" not in item)]
 RANKS = [*(item for item in JOB if "devices" not in item), *RECORD]
 
 
@@ -127,7 +127,7 @@ def kill(process):
     process.wait()
 
 
-LONG = [*JOB, "trainer.max_epochs=25", "model/lr_scheduler=constant"]
+LONG = [*JOB, "logger=csv", "trainer.max_epochs=25", "model/lr_scheduler=constant"]
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
@@ -142,7 +142,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
 
 
 def test_ctrl_c_ends_a_sweep_with_its_summary_and_the_same_command_goes_on(tmp_path):
-    overrides = ["-m", *LONG, "seed=0,1", "logger.mode=offline"]
+    overrides = ["-m", *LONG, "seed=0,1", "logger=wandb", "logger.mode=offline"]
     process = start(overrides, tmp_path, stdout=subprocess.PIPE)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
@@ -168,7 +168,7 @@ def test_ctrl_c_ends_a_sweep_with_its_summary_and_the_same_command_goes_on(tmp_p
 def alone(tmp_path_factory):
     """The figures of one rank, a job at a time."""
     directory = tmp_path_factory.mktemp("alone")
-    done = command("-m", *JOB, "seed=0,1", cwd=directory)
+    done = command("-m", *JOB, "logger=csv", "seed=0,1", cwd=directory)
     assert done.returncode == 0, done.stderr
     return figures(directory)
 
@@ -221,18 +221,19 @@ def test_jobs_of_two_ranks_go_to_a_slurm_cluster_and_come_back(alone, tmp_path):
 
 
 def test_a_diverging_job_fails(tmp_path):
-    done = command("-m", *JOB, "model.optimizer.lr=1e-3,1e30", "trainer.gradient_clip_val=null", cwd=tmp_path)
+    sweep = ["-m", *JOB, "logger=csv", "model.optimizer.lr=1e-3,1e30", "trainer.gradient_clip_val=null"]
+    done = command(*sweep, cwd=tmp_path)
     assert done.returncode == 1
     assert "1 of 2 jobs done" in done.stdout
     assert "training diverged" in done.stdout
     # it left its config and no checkpoint: the same command begins it anew, as it says
-    again = command("-m", *JOB, "model.optimizer.lr=1e-3,1e30", "trainer.gradient_clip_val=null", cwd=tmp_path)
+    again = command(*sweep, cwd=tmp_path)
     assert "training diverged" in again.stdout
     assert "already holds a run" not in again.stdout
 
 
 def test_devices_may_vary_within_a_sweep(alone, tmp_path):
-    done = command("-m", *RANKS, "trainer.devices=2,1,2", "seed=0", cwd=tmp_path)
+    done = command("-m", *RANKS, "logger=csv", "trainer.devices=2,1,2", "seed=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep,) = sweeps(tmp_path)
     found = {result(path.parent)["devices"]: result(path.parent) for path in sweep.glob("*/result.json")}
@@ -288,7 +289,7 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_cut_off_and_adds_none(t
 
 
 def test_a_combination_that_makes_no_config_stops_no_other(tmp_path):
-    overrides = ["-m", *JOB, "model=vae,ddpm", "model/schedule=cosine", "trainer.max_epochs=1"]
+    overrides = ["-m", *JOB, "logger=csv", "model=vae,ddpm", "model/schedule=cosine", "trainer.max_epochs=1"]
     overrides.remove("model=ddpm")
     with_joblib = ["hydra/launcher=cores", "hydra.launcher.n_jobs=2"]
     for launcher in ([], with_joblib):
