@@ -152,6 +152,23 @@ class LikelihoodModule(LightningModule, ABC):
             raise ValueError(f"images are {x.dtype}, but this model takes {due}")
         return x.to(self.likelihood_dtype) if self.levels is None else to_unit(x, self.levels, self.likelihood_dtype)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Tensor:
+        """Leaves labels behind, as most data sets give (images, labels), and looks for levels that this model does not have.
+
+        They would have a finite bound. The look is here, not in the step, as a device would have to be waited for.
+
+        Raises:
+            ValueError: if there are no images, or values outside 0..levels-1.
+        """
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, Tensor):
+            raise ValueError(f"a batch is a {type(x).__name__}: give images (B, C, H, W) as one tensor, or (images, labels)")
+        if self.levels is not None and x.device.type == "cpu" and x.numel() and not x.is_floating_point():
+            low, high = int(x.numpy().min()), int(x.numpy().max())
+            if low < 0 or high >= self.levels:
+                raise ValueError(f"images hold values {low}..{high}, but this model takes 0..{self.levels - 1}")
+        return x
+
     def on_train_start(self) -> None:
         """Trains with the settings that the optimiser was given here: a checkpoint brings those that it was written with.
 

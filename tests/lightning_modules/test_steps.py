@@ -167,3 +167,35 @@ def test_no_source_names_the_device_it_runs_on(path):
             assert node.func.attr != "cuda", f"line {node.lineno}"
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in asked:
             assert not node.value.startswith("cuda"), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_labels_are_left_behind_and_levels_that_there_are_not_are_refused(stage, tmp_path):
+    def data(*batches):
+        return torch.utils.data.DataLoader(batches, batch_size=None)
+
+    def run(loader):
+        trainer = make_trainer(
+            accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = build_part(configure(tmp_path, *MODELS["vae"]).model)
+        getattr(trainer, stage)(model, loader)
+        return [parameter.detach() for parameter in model.parameters()], dict(trainer.callback_metrics)
+
+    x = torch.randint(0, 17, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = run(data(x, x[:2]))
+    for labelled in (data((x, torch.arange(6)), (x[:2], torch.arange(2))), data([x], [x[:2]])):
+        found = run(labelled)
+        assert all(map(torch.equal, found[0], expected[0]))
+        assert found[1] == expected[1]
+    for bad, sentence in (
+        (x + 1, "images hold values 1..17, but this model takes 0..16"),
+        (x.int() - 1, "images hold values -1..15, but this model takes 0..16"),
+        ({"image": x}, "a batch is a dict: give images"),
+        (x / 16, "images are torch.float32, but this model takes whole numbers 0..16"),
+        (x[:, :, :7], r"images of shape \(6, 1, 7, 8\) given to a model of \(B, 1, 8, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            run(data(bad))
