@@ -225,7 +225,7 @@ def document(recipes: list[Counted]) -> str:
 
 
 def _epochs(recipe: Counted) -> float:
-    return STEPS * recipe.batch / (RECIPES[recipe.name][0] - recipe.held_out)
+    return STEPS / ((RECIPES[recipe.name][0] - recipe.held_out) // recipe.batch)  # of whole batches
 
 
 def main() -> None:

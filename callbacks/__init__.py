@@ -1,7 +1,7 @@
 """Floor 4: what watches a run: averaging, seeding, checkpoints, stopping, progress, vitals, pictures and batch size."""
 
 from callbacks.batch_size import BatchSizeFinder
-from callbacks.checkpoints import RunCheckpoint, all_finite, diverged, run_checkpoint
+from callbacks.checkpoints import RunCheckpoint, all_finite, diverged, run_checkpoint, tested_step
 from callbacks.ema import EMA
 from callbacks.last_validation import LastValidation
 from callbacks.pictures import Pictures
@@ -27,4 +27,5 @@ __all__ = [
     "diverged",
     "progress_bar",
     "run_checkpoint",
+    "tested_step",
 ]

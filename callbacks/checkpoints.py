@@ -75,8 +75,10 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self.kept_step = self.loaded_step
-        if checkpoint["config"]["data"]["batch_size"] != self.config["data"]["batch_size"]:
-            _end_epoch(checkpoint["loops"]["fit_loop"])
+        there, here = (config["data"].get("batch_size") for config in (checkpoint["config"], self.config))
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        if there != here or not _is_validated_in_part(fit_loop):
+            _end_epoch(fit_loop)
         if "current_model_state" in checkpoint and not any(isinstance(callback, EMA) for callback in trainer.callbacks):
             load_whole(pl_module, checkpoint["current_model_state"])
 
@@ -167,8 +169,19 @@ class RunCheckpoint(ModelCheckpoint):
         self.interrupted = last.exists()
 
 
+def _is_validated_in_part(fit_loop: dict[str, Any]) -> bool:
+    """Whether the validation behind the last batch was cut off, and is to be done again."""
+    batches, epochs = fit_loop["epoch_loop.val_loop.batch_progress"]["total"], fit_loop["epoch_progress"]["current"]
+    cut = batches["started"] == batches["ready"] == batches["processed"] + 1
+    return cut and epochs["processed"] < epochs["ready"]
+
+
 def _end_epoch(fit_loop: dict[str, Any]) -> None:
-    """Counts an epoch as over whose last batch has been trained on: counted in other batches it would not be."""
+    """Counts an epoch as over whose last batch has been trained on.
+
+    Lightning writes it down as begun, and goes on with it wherever it then finds its batches, or their validation, not at their
+    end: in batches of another size, behind a limit on batches, and always where there are max_steps.
+    """
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     if batches["is_last_batch"]:
         for counts in epochs.values():
@@ -180,3 +193,9 @@ def _end_epoch(fit_loop: dict[str, Any]) -> None:
 def run_checkpoint(trainer: Trainer) -> RunCheckpoint | None:
     """Returns the one that keeps the run's best and last, or None; a user's own may come before it."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, RunCheckpoint)), None)
+
+
+def tested_step(trainer: Trainer) -> int:
+    """Returns the step of the weights that a run is tested with: of its best, where there is one, once that has been read."""
+    saver = run_checkpoint(trainer)
+    return trainer.global_step if saver is None or not saver.best_model_path else saver.loaded_step

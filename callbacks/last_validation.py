@@ -10,6 +10,7 @@ class LastValidation(Callback):
     """Has training end in a validation: also at max_steps, at max_time, and behind an epoch that none is due for.
 
     Else the steps behind the last one would be in no checkpoint, and a short training would have no figure and no best weights.
+    Not where a callback stops it at an epoch's end, when no batch is left to validate behind.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -23,9 +24,11 @@ def _ends(trainer: Trainer) -> bool:
     """Whether training ends behind this batch."""
     fit_loop = trainer.fit_loop
     loop = fit_loop.epoch_loop
+    last_of_epoch = loop._num_ready_batches_reached()
+    epochs = fit_loop.epoch_progress.current.processed + last_of_epoch  # Lightning counts this one behind its validation
     if fit_loop.max_steps != -1 and loop.global_step >= fit_loop.max_steps:
         return True
-    if trainer.should_stop and fit_loop._can_stop_early:
+    if last_of_epoch and fit_loop.max_epochs not in (None, -1) and epochs >= fit_loop.max_epochs:
         return True
-    last_epoch = fit_loop.max_epochs not in (None, -1) and fit_loop.epoch_progress.current.processed + 1 >= fit_loop.max_epochs
-    return last_epoch and loop._num_ready_batches_reached()
+    enough = epochs >= (fit_loop.min_epochs or 0) and loop.global_step >= (fit_loop.min_steps or 0)
+    return trainer.should_stop and enough

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from callbacks.checkpoints import tested_step
 from losses.elbo import nats_to_bits_per_dim
 
 matplotlib.use("Agg")
@@ -25,7 +26,8 @@ class Pictures(Callback):
 
     Args:
         directory: the run directory; ``samples/`` and ``plots/`` are made in it.
-        every_n_epochs: epochs between two grids of samples; 0 draws none during training.
+        every_n_epochs: epochs between two grids of samples, which are drawn in validations on such an epoch; 0 draws none
+            during training.
         num: images in a grid.
 
     Raises:
@@ -45,7 +47,7 @@ class Pictures(Callback):
         if due and not trainer.sanity_checking and trainer.is_global_zero:
             with torch.random.fork_rng(devices=[]), torch.inference_mode():
                 torch.manual_seed(0)  # the same latents each time: the grids show learning, not luck
-                self._samples(trainer, pl_module, f"step_{trainer.global_step:07d}")
+                self._samples(trainer, pl_module, f"step_{trainer.global_step:07d}", trainer.global_step)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the final samples, reconstructions and the KL profile with the tested weights."""
@@ -53,19 +55,20 @@ class Pictures(Callback):
             return
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(0)
-            self._samples(trainer, pl_module, "final")
-            x = next(iter(trainer.test_dataloaders))[:PROFILE_IMAGES].to(pl_module.device)
+            self._samples(trainer, pl_module, "final", tested_step(trainer))
+            x = pl_module.on_before_batch_transfer(next(iter(trainer.test_dataloaders)), 0)
+            x = x[:PROFILE_IMAGES].to(pl_module.device)
             if hasattr(pl_module, "reconstruct") and pl_module.levels is not None:
                 self._reconstructions(trainer, pl_module, x[: max(1, self.num // 2)])
             self._profile(trainer, pl_module, x)
 
-    def _samples(self, trainer: Trainer, module: LightningModule, name: str) -> None:
+    def _samples(self, trainer: Trainer, module: LightningModule, name: str, step: int) -> None:
         samples = module.sample(self.num, mean=module.levels is not None)
-        caption = f"Samples: means of p(x | z₁) after {trainer.global_step} steps"
+        caption = f"Samples: means of p(x | z₁) after {step} steps"
         if module.levels is None:
             figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
             axis.hist(samples.flatten().cpu().numpy(), bins=40, density=True, color="#3b6fb6")
-            axis.set(xlabel="x (data units)", ylabel="density", title=f"Samples of p(x) after {trainer.global_step} steps")
+            axis.set(xlabel="x (data units)", ylabel="density", title=f"Samples of p(x) after {step} steps")
         else:
             figure = draw_grid(samples, module.levels, caption)
         self._save(trainer, figure, f"samples/{name}.png", "samples", caption)

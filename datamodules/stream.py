@@ -3,7 +3,8 @@
 The training images are cut into blocks of ``block_size`` that lie together on disk. An epoch shuffles the blocks, and the
 images within each, and writes them all in one line. The line is cut into as many equal lanes as a global batch has rows: row
 r of batch i is the i-th image of lane r. So a batch takes its rows from blocks all over the set, a block is used up within
-``block_size`` batches by one row, hence by one rank, and every rank reads its own lanes and nothing else.
+``block_size`` batches by one row, hence by one rank, unless a lane's end cuts it in two, and every rank reads its own lanes
+and nothing else.
 """
 
 from __future__ import annotations

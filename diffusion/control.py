@@ -48,7 +48,10 @@ class Control:
         self.lattice = None if frequencies is None else Lattice(len(frequencies))
         self.log_frequencies = None if frequencies is None else frequencies.log().to(process.betas)
         self.factors = factors.to(process.betas)
-        self.weights = 0.5 * torch.exp(2 * (process.posterior_x0.log() - process.log_reverse_std))
+        log_scale = process.posterior_x0.log() - process.log_reverse_std
+        self.weights = 0.5 * torch.exp(2 * log_scale)
+        # of ‖√ᾱ_t x_0 - x_t‖²: 1/ᾱ_t alone may be beyond float32
+        self.word_weights = 0.5 * torch.exp(2 * (log_scale - process.sqrt_alpha_bar.log()))
         self._totals: tuple[Tensor, Tensor] | None = None
 
     def _output(self, like: Tensor) -> Tensor:
@@ -58,11 +61,12 @@ class Control:
 
     def costs(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns c_t of both denoisers, zero for one that is missing: x0, x_t (B, C, H, W), t (B,) in 2..T -> (B, 2), nats."""
-        word = sum_except_batch((x0 - x_t / self.process.at(self.process.sqrt_alpha_bar, t, x_t)).square())
+        word = sum_except_batch((self.process.at(self.process.sqrt_alpha_bar, t, x_t) * x0 - x_t).square())
         alone = torch.zeros_like(word)
         if self.lattice is not None:
             alone = sum_except_batch((x0 - self.lattice.x0(self._output(x_t), x_t, t, self.process)).square())
-        return self.weights[t].to(word.dtype)[:, None] * torch.stack([word, alone], 1)
+        weights = torch.stack([self.word_weights[t], self.weights[t]], 1)
+        return weights.to(word.dtype) * torch.stack([word, alone], 1)
 
     def first_cost(self, x: Tensor, x_1: Tensor) -> Tensor:
         """Returns c_1: x uint8, x_1 (B, C, H, W) -> (B,), nats; zero for continuous data."""
@@ -91,7 +95,7 @@ class Control:
     def _expectations(self) -> tuple[Tensor, Tensor]:
         """Means of b_1 c_1 and Σ b_t c_t of one pixel, by its level: (L,) float64 each."""
         process = self.process
-        word = self.factors[2:, 0] * self.weights[2:] * (process.noise_std[2:] / process.sqrt_alpha_bar[2:]).square()
+        word = self.factors[2:, 0] * self.word_weights[2:] * process.noise_std[2:].square()
         levels = 1 if self.lattice is None else self.lattice.levels
         first = process.betas.new_zeros(levels)
         steps = word.sum().expand(levels).clone()

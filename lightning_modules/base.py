@@ -87,6 +87,7 @@ class LikelihoodModule(LightningModule, ABC):
         self.val_metric, self.test_metric = ElboMetric(), ElboMetric()
         self.train_row: dict[str, float | Tensor] = {}
         self._noted: list[Tensor] = []
+        self._given: list[dict[str, Any]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; the one that Lightning sets at every hook, forty times a step, without a module's bookkeeping."""
@@ -175,6 +176,8 @@ class LikelihoodModule(LightningModule, ABC):
         Only with those: what else stands in a parameter group may be the optimiser's own state.
         """
         scheduler = self.lr_schedulers()
+        if not self._given or type(scheduler) is not LambdaLR:  # a subclass has an optimiser or a schedule of its own
+            return
         for index, (group, given) in enumerate(zip(scheduler.optimizer.param_groups, self._given, strict=True)):
             group.update(given)
             if "lr" in given:

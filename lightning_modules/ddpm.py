@@ -191,7 +191,8 @@ class DDPMLightningModule(LikelihoodModule):
         matching = self._kl(output, x0, x_t, t, clip=False) if self.num_steps > 1 else zero
         reconstruction, first = zero, (on_cpu == 1).nonzero().flatten().to(x.device, non_blocking=True)
         if len(first):
-            values = self._log_likelihood(output[first], x[first], x_t[first], clip=False)
+            seen = x0 if self.levels is None else x  # in the model's precision, whatever the data's
+            values = self._log_likelihood(output[first], seen[first], x_t[first], clip=False)
             reconstruction = zero.index_copy(0, first, values)
             matching = matching.index_fill(0, first, 0.0)
         self.step_profile.record(t, matching.detach())

@@ -29,8 +29,8 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """The file's name."""
-        return self.path.name
+        """The file's name without its ending: Lightning puts checkpoints of one's own into a folder that is named so."""
+        return self.path.stem
 
     @property
     def version(self) -> str:

@@ -59,7 +59,8 @@ def make_trainer(float32_matmul_precision: str = "highest", **settings: Any) -> 
 
     Args:
         float32_matmul_precision: of products and convolutions in float32: ``highest`` is float32; ``high`` is TF32, ``medium``
-            bfloat16, where a GPU has them. Holds for this process until the next trainer is built.
+            bfloat16 for products and TF32 for convolutions, where the hardware has them. Holds for this process until the next
+            trainer is built.
         **settings: Lightning's own.
 
     Raises:

@@ -26,7 +26,7 @@ def identity(cfg: DictConfig) -> str:
     """Returns eight hexadecimal digits of a hash of the resolved config without paths and names."""
     parts = {}
     for name in DEFINES:
-        node = cfg[name]
+        node = cfg.get(name)
         if not isinstance(node, DictConfig):
             parts[name] = node
             continue
@@ -71,7 +71,9 @@ def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
     what = sorted(item for item in arguments[1:] if not item.lstrip("+~").startswith(incidental))
     varied = [item.split("=")[0].lstrip("+~").replace("/", ".").split(".")[-1] for item in what if re.search(r"=.*[,(]", item)]
     name = "-".join([*varied, digest("\n".join(what))])
-    return [*arguments, f"hydra.sweep.dir=${{paths.output_dir}}/sweeps/{name}"]
+    # beside another override: argparse wants all of them together, wherever -m stands
+    place = next((i for i, item in enumerate(arguments) if i and re.match(r"[^-].*=|~", item)), len(arguments))
+    return [*arguments[:place], f"hydra.sweep.dir=${{paths.output_dir}}/sweeps/{name}", *arguments[place:]]
 
 
 def digest(text: str) -> str:

@@ -32,6 +32,7 @@ from callbacks import (
     WholeSteps,
     diverged,
     run_checkpoint,
+    tested_step,
 )
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
@@ -108,6 +109,7 @@ def quiet_libraries() -> None:
         ".*smaller than the logging interval.*",
         ".*exists and is not empty.*",
         ".*FSDP2-wrapped module.*returned a view tensor.*",  # nothing writes to what a network returns
+        ".*have overridden `on_before_batch_transfer` in `LightningModule`.*",  # the data modules here have none
         ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric has reduced over ranks already
     ):
         warnings.filterwarnings("ignore", message)
@@ -263,13 +265,14 @@ def test(
     started: float,
     best_figure: float,
 ) -> None:
-    """Tests the best weights, writes result.json and prints the table."""
+    """Tests the best weights, or the last if none were validated, writes result.json and prints the table."""
     session, step = time.monotonic() - started, trainer.global_step
     saver = run_checkpoint(trainer)
     best = saver.best_model_path if saver is not None and saver.best_model_path else None
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step  # which numbers the row of the test; one less after a resumed run
     with one_sentence(trainer):
         metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
-    tested = step if saver is None or best is None else saver.loaded_step
+    tested = tested_step(trainer)
     metrics.pop("images_seen", None)  # no figure of the test set
     facts = {
         "weights": "ema" if any(isinstance(callback, EMA) for callback in trainer.callbacks) else "raw",

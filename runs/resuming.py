@@ -143,7 +143,7 @@ def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -
         SettingError: naming both sizes.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    there, here = checkpoint["config"]["data"]["batch_size"], ours["data"]["batch_size"]
+    there, here = (config["data"].get("batch_size") for config in (checkpoint["config"], ours))
     if there != here and progress["current"]["processed"] and not progress["is_last_batch"]:
         raise SettingError(
             f"ckpt={path} stopped amid an epoch of batches of {there}: go on with data.batch_size={there}, not {here}, or from "

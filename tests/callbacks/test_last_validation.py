@@ -70,17 +70,44 @@ def test_without_validations_every_epoch_is_kept_and_a_killed_run_goes_on(tmp_pa
     assert result(tmp_path / "parts/run")["metrics"] == result(tmp_path / "whole/run")["metrics"]
 
 
-@pytest.mark.parametrize("settings", [("trainer.max_steps=15",), ("trainer.max_epochs=2",)])
-def test_a_run_that_goes_on_behind_it_ends_as_one_that_was_longer_at_once(settings, tmp_path):
-    longer = (*JOB, "trainer.max_epochs=3")
-    run_here(tmp_path / "parts", *longer, *settings)
-    run_here(tmp_path / "parts", *longer, "ckpt=last")
-    run_here(tmp_path / "whole", *longer)
+@pytest.mark.parametrize(
+    ("shorter", "longer", "steps"),
+    [
+        (("trainer.max_steps=15",), (), 33),
+        (("trainer.max_epochs=2",), (), 33),
+        (("trainer.max_epochs=2",), ("trainer.max_steps=33",), 33),
+        (("trainer.max_epochs=2",), ("trainer.check_val_every_n_epoch=1", "callbacks=early_stopping"), 33),
+        (("trainer.max_epochs=2",), ("+trainer.limit_train_batches=5",), 15),
+    ],
+)
+def test_a_run_that_goes_on_behind_it_ends_as_one_that_was_longer_at_once(shorter, longer, steps, tmp_path):
+    common = (*longer, *JOB[:2], "callbacks.pictures=null", "trainer.max_epochs=3")
+    if "trainer.check_val_every_n_epoch=1" not in longer:
+        common += JOB[3:]
+    run_here(tmp_path / "parts", *common, *shorter)
+    run_here(tmp_path / "parts", *common, "ckpt=last")
+    run_here(tmp_path / "whole", *common)
     parts, whole = kept(tmp_path / "parts", "last"), kept(tmp_path / "whole", "last")
-    assert parts["global_step"] == whole["global_step"] == 33
+    assert parts["global_step"] == whole["global_step"] == steps
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, whole[key][name]) for name, value in parts[key].items())
-    assert parts["loops"]["fit_loop"]["epoch_progress"] == whole["loops"]["fit_loop"]["epoch_progress"]
+
+
+def test_a_finished_run_of_max_steps_that_is_started_again_keeps_one_row_of_its_test(tmp_path):
+    def tested():
+        with (tmp_path / "run/metrics.csv").open(newline="") as file:
+            return [row["step"] for row in csv.DictReader(file) if row.get("test/elbo")]
+
+    for again in ((), ("ckpt=auto",), ("ckpt=auto",)):
+        run_here(tmp_path, *JOB, "trainer.max_steps=15", *again)
+        assert tested() == ["15"]
+
+
+@pytest.mark.parametrize(("least", "steps"), [("min_epochs=2", [22]), ("min_steps=14", [14])])
+def test_a_stop_that_has_to_wait_ends_in_a_validation_too(least, steps, tmp_path):
+    stop = ("+callbacks.stop._target_=tests.callbacks.test_last_validation.StopsAt", "+callbacks.stop.step=5")
+    run_here(tmp_path, *JOB, *stop, f"+trainer.{least}", "trainer.max_epochs=4")
+    assert validations(tmp_path) == steps
 
 
 def test_last_is_written_where_the_figure_is_not_the_best_and_the_step_of_the_tested_weights_is_told(
@@ -97,10 +124,13 @@ def test_last_is_written_where_the_figure_is_not_the_best_and_the_step_of_the_te
     assert "step 11, the best of 33" in capsys.readouterr().out
 
 
-def test_a_checkpoint_callback_of_ones_own_keeps_what_it_likes_and_tests_nothing(tmp_path):
+@pytest.mark.parametrize("where", ["chosen", "default"])
+def test_a_checkpoint_callback_of_ones_own_keeps_what_it_likes_and_tests_nothing(where, tmp_path):
+    place = f", dirpath: '{tmp_path / 'kept'}'" if where == "chosen" else ""
     kind = "lightning.pytorch.callbacks.ModelCheckpoint"
-    keep = f"+callbacks.keep={{_target_: {kind}, every_n_train_steps: 6, save_top_k: -1, dirpath: '{tmp_path / 'kept'}'}}"
+    keep = f"+callbacks.keep={{_target_: {kind}, every_n_train_steps: 6, save_top_k: -1{place}}}"
     run_here(tmp_path, *JOB, "trainer.max_epochs=1", keep)
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["epoch=0-step=6.ckpt"]
+    assert len(list(tmp_path.rglob("epoch=0-step=6.ckpt"))) == 1
+    assert (tmp_path / "run/metrics.csv").is_file()
     assert result(tmp_path / "run")["checkpoint"] == "best.ckpt"
     assert result(tmp_path / "run")["tested_step"] == 11

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from diffusion import GaussianDiffusion, cosine, linear, log_snr_linear
+from diffusion import GaussianDiffusion, constant, cosine, linear, log_snr_linear
 from diffusion.control import DENOISERS, Control, level_frequencies
 from losses import to_unit
 
@@ -57,6 +57,17 @@ def test_costs_average_to_their_totals(denoiser):
         steps = torch.full((40_000,), t)
         costs = control.step(x0, process.marginal(x0, steps).sample(), steps).double()
         assert abs(costs.mean() - control.totals(x)[1].item()) < 4.5 * costs.std() / 200
+
+
+def test_costs_are_finite_where_next_to_nothing_of_the_signal_is_left():
+    process = GaussianDiffusion(constant(1000, beta=0.1))  # 1/ᾱ_T is e^105
+    x = torch.randint(0, 17, (1, 1, 4, 4)).to(torch.uint8)
+    x0 = to_unit(x, 17).expand(20_000, -1, -1, -1)
+    steps = torch.full((20_000,), 1000)
+    control = Control(process, level_frequencies(x, 17), only(process, 1000, 0))
+    costs = control.step(x0, process.marginal(x0, steps).sample(), steps).double()
+    assert costs.isfinite().all()
+    assert abs(costs.mean() - control.totals(x)[1].item()) < 4.5 * costs.std() / math.sqrt(20_000)
 
 
 def test_continuous_data_has_the_first_denoiser_alone():

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import EMA, SeededBatches, Vitals
-from lightning_modules import LikelihoodModule
+from lightning_modules import LikelihoodModule, VAELightningModule
 from lightning_modules.base import clip_norm
 from losses.draws import Own, own_generators, seeded
 from runs.build import build_part
@@ -199,3 +199,41 @@ def test_labels_are_left_behind_and_levels_that_there_are_not_are_refused(stage,
     ):
         with pytest.raises(ValueError, match=sentence):
             run(data(bad))
+
+
+class OwnOptimizer(VAELightningModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class OwnSchedule(VAELightningModule):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()["optimizer"]
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)}
+
+
+def trained(model, loader, directory):
+    trainer = make_trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=directory,
+    )  # fmt: skip
+    trainer.fit(model, loader)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", [OwnOptimizer, OwnSchedule])
+def test_a_subclass_may_have_an_optimiser_of_its_own(kind, tmp_path):
+    cfg = configure(tmp_path, *MODELS["vae"]).model
+    cfg._target_ = f"{__name__}.{kind.__name__}"
+    trainer = trained(build_part(cfg), torch.zeros(3, 4, 1, 8, 8, dtype=torch.uint8), tmp_path)
+    assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("model=vae", "model/likelihood=gaussian"), ("model=ddpm", "model.num_steps=3"), ("model=ddpm", "model.num_steps=1")],
+)
+def test_continuous_data_may_have_another_precision_than_the_model(settings, tmp_path):
+    module = build_part(configure(tmp_path, "data=gaussian", *settings).model)
+    x = torch.randn(3, 40, *module.image_shape, dtype=torch.float64)
+    assert trained(module, x, tmp_path).global_step == 3

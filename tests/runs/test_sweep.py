@@ -49,6 +49,7 @@ def test_identity_is_of_what_figures_depend_on(tmp_path):
         ("callbacks.ema.decay=0.9",),
     ]
     assert len({of(*overrides) for overrides in same}) == 1
+    assert of("~callbacks") != of()
     assert len({of(*overrides) for overrides in (*same, *other)}) == 1 + len(other)
 
 
@@ -61,6 +62,11 @@ def test_the_same_sweep_has_the_same_directory_and_another_has_another():
     assert base == directory("-m", "seed=0,1", "model/schedule=cosine,linear", "hydra/launcher=joblib", "sweep.fresh=true")
     assert base != directory("-m", "seed=0,2", "model/schedule=cosine,linear")
     assert "schedule-seed" in base[0]
+    for line in ("seed=0,1 -m", "-m seed=0,1", "--config-dir here -m ~logger seed=0,1", "--config-dir here -m"):
+        found = with_sweep_directory(["train.py", *line.split()])
+        (place,) = (i for i, item in enumerate(found) if "sweep.dir" in item)
+        assert [*found[1:place], *found[place + 1 :]] == line.split()
+        assert all("=" in item or item[0] == "~" for item in found[place:] if item != "-m")  # all of them together
     assert directory("seed=0") == []
     assert directory("-m", "seed=0,1", "hydra.sweep.dir=here") == ["hydra.sweep.dir=here"]
 
