@@ -70,7 +70,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.kept_step = trainer.global_step
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Goes on from the weights that were trained, also where no callback averages them any more."""
+        """Goes on behind an epoch that has ended, and from the weights that were trained, averaged now or not."""
         self.loaded_step = checkpoint["global_step"]
         if trainer.state.fn != TrainerFn.FITTING:
             return

@@ -267,8 +267,7 @@ def test(
 ) -> None:
     """Tests the best weights, or the last if none were validated, writes result.json and prints the table."""
     session, step = time.monotonic() - started, trainer.global_step
-    saver = run_checkpoint(trainer)
-    best = saver.best_model_path if saver is not None and saver.best_model_path else None
+    best = getattr(run_checkpoint(trainer), "best_model_path", "") or None
     trainer.fit_loop.epoch_loop._batches_that_stepped = step  # which numbers the row of the test; one less after a resumed run
     with one_sentence(trainer):
         metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]

@@ -169,19 +169,25 @@ def test_no_source_names_the_device_it_runs_on(path):
             assert not node.value.startswith("cuda"), f"line {node.lineno}"
 
 
+def ran(model, loader, directory, stage="fit"):
+    """The trainer that has taken ``model`` through ``stage``."""
+    trainer = make_trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=directory,
+    )  # fmt: skip
+    getattr(trainer, stage)(model, loader)
+    return trainer
+
+
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 def test_labels_are_left_behind_and_levels_that_there_are_not_are_refused(stage, tmp_path):
     def data(*batches):
         return torch.utils.data.DataLoader(batches, batch_size=None)
 
     def run(loader):
-        trainer = make_trainer(
-            accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-            enable_checkpointing=False, default_root_dir=tmp_path,
-        )  # fmt: skip
         torch.manual_seed(0)
         model = build_part(configure(tmp_path, *MODELS["vae"]).model)
-        getattr(trainer, stage)(model, loader)
+        trainer = ran(model, loader, tmp_path, stage)
         return [parameter.detach() for parameter in model.parameters()], dict(trainer.callback_metrics)
 
     x = torch.randint(0, 17, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -212,20 +218,11 @@ class OwnSchedule(VAELightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)}
 
 
-def trained(model, loader, directory):
-    trainer = make_trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=directory,
-    )  # fmt: skip
-    trainer.fit(model, loader)
-    return trainer
-
-
 @pytest.mark.parametrize("kind", [OwnOptimizer, OwnSchedule])
 def test_a_subclass_may_have_an_optimiser_of_its_own(kind, tmp_path):
     cfg = configure(tmp_path, *MODELS["vae"]).model
     cfg._target_ = f"{__name__}.{kind.__name__}"
-    trainer = trained(build_part(cfg), torch.zeros(3, 4, 1, 8, 8, dtype=torch.uint8), tmp_path)
+    trainer = ran(build_part(cfg), torch.zeros(3, 4, 1, 8, 8, dtype=torch.uint8), tmp_path)
     assert trainer.global_step == 3
 
 
@@ -236,4 +233,4 @@ def test_a_subclass_may_have_an_optimiser_of_its_own(kind, tmp_path):
 def test_continuous_data_may_have_another_precision_than_the_model(settings, tmp_path):
     module = build_part(configure(tmp_path, "data=gaussian", *settings).model)
     x = torch.randn(3, 40, *module.image_shape, dtype=torch.float64)
-    assert trained(module, x, tmp_path).global_step == 3
+    assert ran(module, x, tmp_path).global_step == 3

@@ -223,10 +223,10 @@ def test_what_is_begun_anew_where_nothing_was_saved_has_its_own_rows_alone(unint
     assert rows(tmp_path) == rows(uninterrupted)
 
 
-def test_another_batch_size_is_refused_amid_an_epoch_and_taken_at_its_end(tmp_path):
-    run_here(tmp_path / "amid", *COMMON, "trainer.max_steps=15")
+def test_another_batch_size_is_refused_amid_an_epoch(tmp_path):
+    run_here(tmp_path, *COMMON, "trainer.max_steps=15")
     with pytest.raises(SettingError, match=r"data\.batch_size=128, not 64"):
-        run_here(tmp_path / "amid", *COMMON, "data.batch_size=64", "ckpt=last")
+        run_here(tmp_path, *COMMON, "data.batch_size=64", "ckpt=last")
 
 
 @pytest.mark.parametrize("length", [("trainer.max_epochs=3",), ("trainer.max_epochs=9", "trainer.max_steps=55")])
