@@ -292,5 +292,5 @@ def test(
     record = result_record(metrics, model.num_dims, model.levels, objective=figure, **facts)
     if trainer.is_global_zero and not only_tries(trainer, cfg):
         write_json(directory / RESULT, record)
-        steps = f"step {tested}" + (f", the best of {step}" if tested < step else "")
+        steps = f"step {tested}" + (f" of {step}, the best in validation" if tested < step else "")
         Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, {steps}"))

@@ -121,7 +121,7 @@ def test_last_is_written_where_the_figure_is_not_the_best_and_the_step_of_the_te
     assert kept(tmp_path, "last")["global_step"] == 33
     record = result(tmp_path / "run")
     assert (record["step"], record["tested_step"]) == (33, 11)
-    assert "step 11, the best of 33" in capsys.readouterr().out
+    assert "step 11 of 33, the best in validation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["chosen", "default"])
