@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from callbacks.ema import EMA
 from lightning_modules.sharding import load_whole, sharded_parts
+
+OWN = ("state_dict", "current_model_state", "optimizer_states")  # large, and of tensors and numbers
 
 
 def diverged(what: str, step: int) -> FloatingPointError:
@@ -139,12 +143,14 @@ class RunCheckpoint(ModelCheckpoint):
 
         Raises:
             FloatingPointError: if the weights, or their average, are not finite.
+            MisconfigurationException: if something else in it could not be read again.
         """
         kept = (value for value in checkpoint["state_dict"].values() if isinstance(value, Tensor))
         if not all_finite([*pl_module.parameters(), *kept]):
             raise diverged("the weights are not finite", trainer.global_step)
         checkpoint["config"] = self.config
         checkpoint["format"] = self.file_format
+        _check_readable(checkpoint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes last.ckpt after Ctrl-C or SIGTERM; one amid a validation has it done again, from its first batch.
@@ -167,6 +173,23 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, last)
             self.kept_step = trainer.global_step
         self.interrupted = last.exists()
+
+
+def _check_readable(checkpoint: dict[str, Any]) -> None:
+    """Refuses what torch.load(weights_only=True) would not read: what callbacks and save_hyperparameters put there."""
+    parts = {name: part for name, part in checkpoint.items() if name not in OWN and name != "callbacks"}
+    for name, part in {**parts, **checkpoint["callbacks"]}.items():
+        file = BytesIO()
+        try:
+            torch.save(part, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # whatever an object raises that cannot be pickled
+            found = re.search(r"(?:GLOBAL|pickle) (\S+)", str(error))
+            raise MisconfigurationException(
+                f"the checkpoint's part {name!r} holds {found[1] if found else 'an object'}, which weights_only=True does not "
+                "read: let it hold tensors, numbers, strings, lists and dicts"
+            ) from error
 
 
 def _is_validated_in_part(fit_loop: dict[str, Any]) -> bool:

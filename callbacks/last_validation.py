@@ -13,6 +13,22 @@ class LastValidation(Callback):
     Not where a callback stops it at an epoch's end, when no batch is left to validate behind.
     """
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Has a run that goes on from the middle of its last validation do it again: Lightning has no step left to train."""
+        loop = trainer.fit_loop
+        run = loop.run
+
+        def run_or_validate() -> None:
+            loop.setup_data()
+            done = loop.epoch_loop.val_loop.batch_progress.total
+            if not loop.skip or not done.started == done.ready == done.processed + 1:
+                return run()
+            trainer.validating = True
+            loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+        loop.run = run_or_validate
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds it to those that Lightning finds due."""
         loop = trainer.fit_loop.epoch_loop

@@ -164,6 +164,11 @@ def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Gr
     return [groups[0], *(_against(groups[0], other) for other in groups[1:])]
 
 
+def pooled_settings(groups: Sequence[Group]) -> list[str]:
+    """Returns what varies within a group, as it may where one has said what to group by."""
+    return sorted({key for own in groups for key in varied_settings(own.runs)})
+
+
 def higher_is_better(metric: str) -> bool:
     """Whether more of it is better."""
     return metric.split("/")[-1] in ("elbo", "reconstruction")

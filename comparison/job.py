@@ -8,7 +8,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from comparison.collect import Run, collect
-from comparison.groups import group
+from comparison.groups import group, pooled_settings
 from comparison.page import page
 from comparison.tables import as_csv, as_markdown, terminal
 from runs.build import SettingError
@@ -34,6 +34,9 @@ def run(cfg: DictConfig) -> None:
     groups = group(finished, _listed(cfg.by) if cfg.by else None, str(cfg.metric))
     measured = {one.path for own in groups for one in own.runs}
     left_out += [f"no finite {cfg.metric}: {one.path}" for one in finished if one.path not in measured]
+    pooled = pooled_settings(groups)
+    if pooled:
+        left_out.append(f"not in by=, so means are over runs that differ in it: {', '.join(pooled)}")
     out = _new_directory(Path(cfg.out))
     console = Console()
     console = console if console.is_terminal else Console(width=160)  # a file has no edge

@@ -45,6 +45,11 @@ SWITCHES = (
     "sweep.fresh",
     "sweep.retry_failed",
 )
+ELSEWHERE = {  # what the trainer is given here, and the setting that decides it
+    "logger": "logger=wandb, logger=csv or logger=null",
+    "callbacks": "+callbacks.NAME._target_=...",
+    "default_root_dir": "hydra.run.dir",
+}
 BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches")  # of trainer
 
 
@@ -59,6 +64,9 @@ def check_settings(cfg: DictConfig) -> None:
             raise SettingError(f"{group} is missing: choose one, as python train.py --help lists them")
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
         raise SettingError(f"seed={cfg.seed}: give an integer from 0 to 4294967295")
+    for name, instead in ELSEWHERE.items():
+        if name in cfg.trainer:
+            raise SettingError(f"trainer.{name}={cfg.trainer[name]}: leave it out and set {instead}")
     _check_types(cfg)
     _check_precision(cfg)
     _check_lengths(cfg)

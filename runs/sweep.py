@@ -43,17 +43,23 @@ BEFORE = "-before-"  # in the name of what a job left before sweep.fresh=true ra
 
 def read_state(directory: Path) -> tuple[str, str]:
     """Returns (state, reason): done, failed, interrupted (there is a checkpoint), started (there is none) or new."""
-    if (directory / RESULT).is_file():
+    if _read(directory / RESULT):
         return "done", ""
-    try:
-        written = json.loads((directory / STATE).read_text())
-    except (OSError, ValueError):
-        written = {}
+    written = _read(directory / STATE)
     if written.get("status") == "failed":
         return "failed", str(written.get("reason", ""))
     if (directory / LAST).is_file():
         return "interrupted", ""
     return ("started" if directory.is_dir() else "new"), ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns what a file holds; nothing if it is not there, or damaged: then the job is not done."""
+    try:
+        written = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return written if isinstance(written, dict) else {}
 
 
 def write_state(directory: Path, status: str, overrides: Sequence[str], reason: str = "") -> None:
@@ -91,7 +97,7 @@ def _run_held(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Path, 
     overrides = list(hydra.overrides.task)
     state, _ = read_state(directory)
     if state == "done":
-        return json.loads((directory / RESULT).read_text()).get("objective")
+        return _read(directory / RESULT).get("objective")
     if state == "failed" and not cfg.sweep.retry_failed:
         return None
     write_state(directory, "running", overrides)

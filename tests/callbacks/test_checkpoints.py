@@ -2,8 +2,10 @@
 
 import signal
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_modules import VAELightningModule
 from runs.build import SettingError
@@ -78,3 +80,15 @@ def test_weights_that_are_not_finite_are_not_gone_on_from(tmp_path):
     torch.save(checkpoint, path)
     with pytest.raises(SettingError, match="holds weights that are not finite"):
         run_here(tmp_path, *JOB, "ckpt=last")
+
+
+class Counts(Callback):
+    """Keeps what it counts in a type that only an unsafe load reads."""
+
+    def state_dict(self):
+        return {"counted": np.float64(3.0)}
+
+
+def test_a_state_that_could_not_be_read_again_is_refused_when_it_is_written(tmp_path):
+    with pytest.raises(SettingError, match=r"part 'Counts' holds numpy\.\S+, which weights_only=True does not read"):
+        run_here(tmp_path, *JOB, "+callbacks.counts._target_=tests.callbacks.test_checkpoints.Counts")

@@ -153,7 +153,10 @@ def test_by_and_metric_choose(tmp_path):
     head, *rows = table_of_markdown(out)
     assert head[:3] == ["model/schedule", "runs", "test/matching"]
     assert [row[1] for row in rows] == ["6", "6", "6"]
+    pooled = "not in by=, so means are over runs that differ in it: model/weighting"
+    assert all(pooled in (out / f"comparison.{ending}").read_text() for ending in ("md", "html"))
     out = compare(tmp_path / "two", tmp_path / "sweep", by=["model/weighting", "model/schedule"])
+    assert "not in by=" not in (out / "comparison.md").read_text()
     assert table_of_markdown(out)[0][:2] == ["model/weighting", "model/schedule"]
 
 

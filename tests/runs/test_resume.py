@@ -150,6 +150,18 @@ def test_a_validation_that_is_cut_off_is_done_again_and_no_step_is_lost(places, 
     assert all(f"interrupted at step {place}; to go on:" in printed for place in places)
 
 
+def test_the_last_validation_that_is_cut_off_is_done_again_though_no_step_is_left(tmp_path, monkeypatch):
+    settings = (*SHORT, "trainer.max_steps=30")
+    run_here(tmp_path / "whole", *settings)
+    interrupt(tmp_path / "parts", settings, "on_validation_batch_start", (22, 30), monkeypatch)
+    # Lightning counts up the epoch that max_steps end, but for one that it finds ended
+    parts, whole = ([row | {"epoch": ""} for row in rows(tmp_path / name)] for name in ("parts", "whole"))
+    assert parts == whole
+    figures = [result(tmp_path / name / "run") for name in ("parts", "whole")]
+    assert figures[0]["objective"] == figures[1]["objective"]
+    assert figures[0]["metrics"] == figures[1]["metrics"]
+
+
 def test_what_validation_draws_from_is_resumed_too(tmp_path, monkeypatch):
     """The proposal over steps, which a DDPM learns while it trains, decides val/bpd and so what a sweep minimises."""
     settings = (*SHORT[1:], "model=ddpm", "model.num_steps=50", "model.network.hidden_dim=16")

@@ -41,6 +41,6 @@ def test_a_search_without_a_success_ends_with_its_summary(tmp_path, monkeypatch,
 
     assert run_sweep(main) == 1
     assert capsys.readouterr().out.startswith(f"sweep: 0 of 1 jobs done, 1 failed in {tmp_path}\n  failed: job  why")
-    (tmp_path / "job" / "result.json").write_text("{}")
+    (tmp_path / "job" / "result.json").write_text(json.dumps({"objective": 1.0}))
     with pytest.raises(ValueError, match="Record"):
         run_sweep(main)
