@@ -76,9 +76,12 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     """Prepares the estimator, chooses the number of replicates and evaluates.
 
     Raises:
-        SettingError: if Ctrl-C came before two images were finished.
+        SettingError: if there are not two images, Ctrl-C came before two were finished, or the estimate is not finite.
     """
-    cfg, model, trial = setting.cfg, setting.model, Trial(setting)
+    cfg, model = setting.cfg, setting.model
+    if len(setting.images) < 2:
+        raise SettingError(f"split={cfg.split} holds {len(setting.images)} image: an estimate with an error bar needs two")
+    trial = Trial(setting)
     moments = None
     if isinstance(model, DDPMLightningModule) and model.num_steps > 1:
         moments = measure_steps(model, setting.rows(1, "profile", PROFILE_IMAGES), setting.fabric, cfg.batch_size)
@@ -98,6 +101,11 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     values = terms @ torch.tensor([1.0, -1.0, -1.0], dtype=terms.dtype)
     figures = {name: figure(terms[..., i], groups) for i, name in enumerate(("reconstruction", "prior", "matching"))}
     figures["elbo"] = figure(values, groups)
+    if not math.isfinite(figures["elbo"].mean):
+        raise SettingError(
+            f"the bound is {figures['elbo'].mean}: {(~values.isfinite()).any(1).sum()} of {len(values)} images have no finite "
+            f"estimate by {prepared.description}; try another evaluation=, or another checkpoint"
+        )
     over = nats_to_bits_per_dim(figures["elbo"].se_noise, model.num_dims) / cfg.precision
     enough = math.ceil(replicates * over**2) if cfg.replicates is None and over > 1 else None
     return Bound(figures, values, order, prepared, replicates, enough, moments, trial.calls, interrupted)

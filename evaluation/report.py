@@ -17,7 +17,7 @@ from lightning_modules import LikelihoodModule
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import plain
 from runs.directory import first_free, write_json
-from runs.report import TITLES, versions
+from runs.report import TITLES, error, versions
 
 KEPT_STEPS = 100  # at most, spread over ln t
 COSTS = {"reconstruction": -1, "prior": 1, "matching": 1, "elbo": -1}  # each term as a cost, summing to -ELBO
@@ -82,10 +82,7 @@ def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
         if name == "elbo":
             table.add_section()
         cells = [f"{sign * value.mean:.3f}", *([f"{sign * value.mean * scale:.4f}"] if scaled else [])]
-        cells += [
-            f"{value.se_images * scale:.4f}",
-            "?" if value.se_noise != value.se_noise else f"{value.se_noise * scale:.4f}",
-        ]
+        cells += [error(value.se_images * scale, 4), error(value.se_noise * scale, 4)]
         table.add_row(TITLES[name], *cells, style="bold" if name == "elbo" else None)
     return table
 

@@ -183,6 +183,11 @@ class DDPMLightningModule(LikelihoodModule):
         x0 = self.to_unit(x)
         noise = randn_like(x0)  # before t: with T = 1 the draws are then a VAE's
         on_cpu = self.timestep_sampler(x.shape[0], self.num_steps, torch.device("cpu"))  # known here without a device sync
+        if on_cpu.shape != x.shape[:1] or not all(1 <= step <= self.num_steps for step in on_cpu.tolist()):
+            raise ValueError(
+                f"model.timestep_sampler gives {on_cpu.flatten()[:4].tolist()}... of shape {tuple(on_cpu.shape)}, not a "
+                f"step from 1 to {self.num_steps} for each of {len(x)} images"
+            )
         t = on_cpu.to(x.device, non_blocking=True)
         marginal = self.process.marginal(x0, t)
         x_t = marginal.mean + marginal.log_std.exp() * noise

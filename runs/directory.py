@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,7 +104,15 @@ def first_free(taken: Callable[[int], bool], first: int = 1) -> int:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record at once, so that a file that is there is whole."""
+    """Writes a record at once, so that a file that is there is whole; JSON has no NaN and no infinity: they become null."""
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(record, indent=2) + "\n")
+    draft.write_text(json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
     draft.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

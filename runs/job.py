@@ -288,8 +288,7 @@ def test(
         "precision": str(trainer.precision),
         **totals(trainer, session, time.monotonic() - started),
     }
-    figure = None if math.isnan(best_figure) else best_figure  # JSON has no NaN
-    record = result_record(metrics, model.num_dims, model.levels, objective=figure, **facts)
+    record = result_record(metrics, model.num_dims, model.levels, objective=best_figure, **facts)
     if trainer.is_global_zero and not only_tries(trainer, cfg):
         write_json(directory / RESULT, record)
         steps = f"step {tested}" + (f" of {step}, the best in validation" if tested < step else "")

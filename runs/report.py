@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 from importlib.metadata import version
@@ -52,11 +53,16 @@ def table(metrics: dict[str, float], num_dims: int, levels: int | None, title: s
     for term, row in costs(metrics, num_dims, levels).items():
         if term == "elbo":
             table.add_section()
-        cells = [f"{row['nats']:.3f} ± {row['nats_se']:.3f}"]
+        cells = [f"{row['nats']:.3f} ± {error(row['nats_se'], 3)}"]
         if levels is not None:
-            cells.append(f"{row['bits_per_dim']:.4f} ± {row['bits_per_dim_se']:.4f}")
+            cells.append(f"{row['bits_per_dim']:.4f} ± {error(row['bits_per_dim_se'], 4)}")
         table.add_row(TITLES[term], *cells, style="bold" if term == "elbo" else None)
     return table
+
+
+def error(value: float, digits: int) -> str:
+    """Returns a standard error as it is printed; one that is not known, as of one image, is a question mark."""
+    return "?" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def result_record(metrics: dict[str, float], num_dims: int, levels: int | None, **facts: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from evaluation.flow import ProbabilityFlow
 from lightning_modules import VAELightningModule
 from networks import MLPDenoiser
 from runs.build import SettingError, build_part
+from tests.data_files import pictures, write_folder
 from tests.evaluation.evaluations import arguments, environment, evaluate_here, record
 from tests.jobs import heed_ctrl_c, result, run_here
 
@@ -221,6 +223,32 @@ def test_weights_that_are_not_finite_and_places_that_take_no_results_are_refused
     with pytest.raises(SettingError, match="ema weights that are not finite"):
         evaluate_here(run, *QUICK)
     evaluate_here(run, "weights=raw", "replicates=1", "max_images=4", "packages=null", *QUICK)
+
+
+def test_an_error_of_one_image_is_not_known(tmp_path, capsys):
+    for split, num in {"train": 16, "val": 2, "test": 1}.items():
+        write_folder(tmp_path / "pictures" / split, pictures(num, 8, 8, 3))
+    data = ("data=image_folder", f"data.root={tmp_path}/pictures", "data.image_size=8", "data.batch_size=8")
+    run_here(tmp_path, "model=vae", *data, "logger=csv", "callbacks.pictures=null")
+    kept = json.loads((tmp_path / "run/result.json").read_text(), parse_constant=refuse_constant)
+    assert kept["metrics"]["test/bpd_se"] is kept["costs"]["elbo"]["nats_se"] is None
+    assert kept["metrics"]["test/bpd"] > 0
+    assert f"{kept['metrics']['test/bpd']:.4f} ± ?" in capsys.readouterr().out
+    with pytest.raises(SettingError, match="split=test holds 1 image:"):
+        evaluate_here(tmp_path / "run", *QUICK)
+
+
+def test_an_estimate_that_is_not_finite_is_no_figure(runs, tmp_path, monkeypatch):
+    run, usual = runs.copy("vae", tmp_path), VAELightningModule.elbo
+
+    def elbo(self, x):
+        found = usual(self, x)
+        return replace(found, reconstruction=found.reconstruction.index_fill(0, torch.tensor([0]), math.nan))
+
+    monkeypatch.setattr(VAELightningModule, "elbo", elbo)
+    with pytest.raises(SettingError, match="the bound is nan: 1 of 180 images have no finite estimate"):
+        evaluate_here(run, "replicates=1", "batch_size=180", *QUICK)
+    assert not (run / "evaluation.json").exists()
 
 
 def test_one_replicate_two_images_other_splits_and_checkpoints_elsewhere(runs, tmp_path):
