@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from callbacks.ema import EMA
+from callbacks.last_validation import ends_here
 from lightning_modules.sharding import load_whole, sharded_parts
 
 OWN = ("state_dict", "current_model_state", "optimizer_states")  # large, and of tensors and numbers
@@ -109,12 +110,15 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Ends a run whose loss is not finite; looks only where it is logged, when the device is waited for anyway.
 
-        Nothing is saved here, behind a batch, so Lightning's own hook is not called.
+        Nothing is saved here, but where training ends amid an epoch and no validation follows: Lightning's hook is not called.
         """
         step = trainer.global_step
         if step != self._looked_at and step % trainer.log_every_n_steps == 0:
             self._looked_at = step
             self._check(trainer, "train/loss")
+        amid_epoch = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        if not trainer.enable_validation and amid_epoch and ends_here(trainer):
+            self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a run whose validation figure is not finite, before it is kept; writes last.ckpt whatever the figure.
@@ -124,12 +128,15 @@ class RunCheckpoint(ModelCheckpoint):
         if not trainer.sanity_checking:
             self._check(trainer, "val/elbo")
         super().on_validation_end(trainer, pl_module)
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes last.ckpt behind every epoch where there are no validations."""
-        if not trainer.enable_validation and not self._should_skip_saving_checkpoint(trainer):
+        """Writes last.ckpt behind every epoch where there are no validations; an epoch that was cut short has written it."""
+        if not trainer.enable_validation:
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     @staticmethod

@@ -33,10 +33,10 @@ class LastValidation(Callback):
         """Adds it to those that Lightning finds due."""
         loop = trainer.fit_loop.epoch_loop
         is_due = type(loop)._should_check_val_fx
-        loop._should_check_val_fx = lambda fetcher: is_due(loop, fetcher) or (trainer.enable_validation and _ends(trainer))
+        loop._should_check_val_fx = lambda fetcher: is_due(loop, fetcher) or (trainer.enable_validation and ends_here(trainer))
 
 
-def _ends(trainer: Trainer) -> bool:
+def ends_here(trainer: Trainer) -> bool:
     """Whether training ends behind this batch."""
     fit_loop = trainer.fit_loop
     loop = fit_loop.epoch_loop

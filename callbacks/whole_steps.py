@@ -22,12 +22,12 @@ class WholeSteps(StopsBehindBatches):
 
     def __init__(self) -> None:
         self._usual: Any = None
-        self._held = self._asked = False
+        self._held = self._asked = self._terminated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes Ctrl-C over, if there is anything to take over: once, as a change of handlers in every step costs time."""
         usual = signal.getsignal(signal.SIGINT)
-        self._usual, self._held, self._asked = None, True, False
+        self._usual, self._held, self._asked, self._terminated = None, True, False, False
         if trainer.world_size == 1 and callable(usual) and threading.current_thread() is threading.main_thread():
             self._usual = usual
             signal.signal(signal.SIGINT, self._hear)
@@ -50,8 +50,16 @@ class WholeSteps(StopsBehindBatches):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops behind this batch, if it ended in an optimiser step: gradients that are being accumulated are not saved."""
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        """Stops behind this batch, if it ended in an optimiser step: gradients that are being accumulated are not saved.
+
+        At SIGTERM, too, which Lightning has noted.
+        """
+        noted = trainer._signal_connector
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            self._terminated |= noted.received_sigterm
+            noted.received_sigterm = False
+        else:
+            noted.received_sigterm |= self._terminated
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -74,6 +74,7 @@ def test_without_validations_every_epoch_is_kept_and_a_killed_run_goes_on(tmp_pa
     ("shorter", "longer", "steps"),
     [
         (("trainer.max_steps=15",), (), 33),
+        (("trainer.max_steps=15",), ("+trainer.limit_val_batches=0",), 33),
         (("trainer.max_epochs=2",), (), 33),
         (("trainer.max_epochs=2",), ("trainer.max_steps=33",), 33),
         (("trainer.max_epochs=2",), ("trainer.check_val_every_n_epoch=1", "callbacks=early_stopping"), 33),

@@ -102,6 +102,17 @@ def test_gradients_that_are_being_accumulated_become_a_step_first():
     assert step(trainer, callback)
 
 
+def test_sigterm_waits_for_that_step_too():
+    trainer, callback = started()
+    trainer.fit_loop.epoch_loop._should_accumulate = lambda: True
+    trainer._signal_connector.received_sigterm = True
+    assert not step(trainer, callback)
+    assert not step(trainer, callback)
+    trainer.fit_loop.epoch_loop._should_accumulate = lambda: False
+    assert step(trainer, callback)
+    assert not callback.stopped_by
+
+
 def test_after_the_last_step_it_stops_what_would_follow():
     trainer, callback = started()
     ctrl_c()

@@ -317,15 +317,23 @@ def test_ctrl_c_while_a_checkpoint_is_written_loses_neither_it_nor_its_figure(na
     assert best[0]["global_step"] == best[1]["global_step"]
 
 
-def test_ctrl_c_amid_accumulated_gradients_waits_for_their_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_accumulated_gradients_waits_for_their_step(number, tmp_path, monkeypatch):
     settings = (*SHORT, "trainer.accumulate_grad_batches=3", "trainer.max_epochs=4")
     run_here(tmp_path / "whole", *settings)
     usual, count = VAELightningModule.training_step, itertools.count()
+
+    def stops(self, *args):
+        if next(count) == 12:
+            os.kill(os.getpid(), number)
+        return usual(self, *args)
+
     with monkeypatch.context() as patch:
-        patch.setattr(VAELightningModule, "training_step", lambda *args: (next(count) == 12 and ctrl_c(), usual(*args))[1])
+        patch.setattr(VAELightningModule, "training_step", stops)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             run_here(tmp_path / "parts", *settings)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert last(tmp_path / "parts")["global_step"] == 5  # four of the first epoch, and one of three batches
     run_here(tmp_path / "parts", *settings, "ckpt=auto")
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
