@@ -116,8 +116,8 @@ class RunCheckpoint(ModelCheckpoint):
         if step != self._looked_at and step % trainer.log_every_n_steps == 0:
             self._looked_at = step
             self._check(trainer, "train/loss")
-        amid_epoch = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-        if not trainer.enable_validation and amid_epoch and ends_here(trainer):
+        loop = trainer.fit_loop.epoch_loop
+        if not trainer.enable_validation and not loop._num_ready_batches_reached() and ends_here(trainer):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
