@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -37,6 +38,20 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     finite = [torch.isfinite(tensor).all() for tensor in local if tensor.is_floating_point()]
     return not finite or bool(torch.stack(finite).all())  # waits for the device once
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then moves it there: a process that is killed leaves the one before whole.
+
+    Lightning moves it from the system's folder for temporary files, which on another disk is a copy over the one before.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes the file at once."""
+        draft = Path(f"{path}.part")
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, draft)
+        draft.replace(path)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -69,6 +84,12 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self.config, self.file_format = config, file_format
         self.interrupted, self.kept_step, self.loaded_step, self._looked_at = False, 0, 0, 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Has files written whole, unless one has chosen how they are written."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -146,7 +167,7 @@ class RunCheckpoint(ModelCheckpoint):
             raise diverged(f"{name} is {value}", trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the config and the format.
+        """Adds the config, the format, and what tells the run's images from others.
 
         Raises:
             FloatingPointError: if the weights, or their average, are not finite.
@@ -157,6 +178,8 @@ class RunCheckpoint(ModelCheckpoint):
             raise diverged("the weights are not finite", trainer.global_step)
         checkpoint["config"] = self.config
         checkpoint["format"] = self.file_format
+        if hasattr(trainer.datamodule, "fingerprint"):
+            checkpoint["images"] = trainer.datamodule.fingerprint()
         _check_readable(checkpoint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

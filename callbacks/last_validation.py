@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 
 class LastValidation(Callback):
@@ -13,12 +13,23 @@ class LastValidation(Callback):
     Not where a callback stops it at an epoch's end, when no batch is left to validate behind.
     """
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notes the patience that is asked for, before a checkpoint brings the one that was."""
+        self._patience = [(stop, stop.patience) for stop in trainer.callbacks if isinstance(stop, EarlyStopping)]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Has a run that goes on from the middle of its last validation do it again: Lightning has no step left to train."""
+        """Has a run that goes on end where it had ended.
+
+        One that was cut off in its last validation does that again, for which Lightning has no step left to train; one that
+        early stopping had ended trains no more, of which Lightning keeps the count and not the verdict.
+        """
         loop = trainer.fit_loop
         run = loop.run
 
         def run_or_validate() -> None:
+            for stop, patience in self._patience:
+                stop.patience = patience
+                trainer.should_stop |= stop.wait_count >= patience
             loop.setup_data()
             done = loop.epoch_loop.val_loop.batch_progress.total
             if not loop.skip or not done.started == done.ready == done.processed + 1:

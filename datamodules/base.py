@@ -239,6 +239,10 @@ class ImageDataModule(LightningDataModule, ABC):
             "split_seed": self.split_seed,
         }
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what tells these images and splits from others under the same settings, after ``setup``."""
+        return {key: value for key, value in self.protocol().items() if key.startswith("num_") or key.endswith("sha256")}
+
 
 def worker_context() -> str:
     """Returns how a loader's processes begin: from a process without threads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,7 +178,9 @@ class ImageFolderDataModule(ImageDataModule):
     def load(self) -> dict[str, Images]:
         """Reads the splits, each uint8 (n, C, S, S) if they fit in memory."""
         _, image_size, _ = self.image_shape
-        splits = {split: Pictures(paths, image_size, self.image_shape[0]) for split, paths in self.find().items()}
+        found = self.find()
+        self.digest = _digest(self.root, found)
+        splits = {split: Pictures(paths, image_size, self.image_shape[0]) for split, paths in found.items()}
         num = sum(map(len, splits.values())) + self.flip * len(splits["train"])
         if num * self.num_dims > self.max_bytes:
             self.num_workers = self.loading_workers
@@ -187,7 +190,15 @@ class ImageFolderDataModule(ImageDataModule):
 
     def protocol(self) -> dict[str, Any]:
         """Returns what a reader must know to repeat the figures, after ``setup``."""
-        return {**super().protocol(), "folder": self.root.absolute().name}
+        return {**super().protocol(), "folder": self.root.absolute().name, "files_sha256": self.digest}
+
+
+def _digest(root: Path, splits: dict[str, list[Path]]) -> str:
+    """Returns what changes when a picture joins, goes, or comes into another split; not when the folder moves."""
+    digest = hashlib.sha256()
+    for split, paths in splits.items():
+        digest.update(repr((split, sorted(path.relative_to(root).as_posix() for path in paths))).encode())
+    return digest.hexdigest()
 
 
 def _pictures(folder: Path) -> list[Path]:

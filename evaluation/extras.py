@@ -106,11 +106,11 @@ def level_record(level: LevelBalance) -> dict[str, Any]:
 
 def extra_lines(extra: dict[str, Any], model: LikelihoodModule) -> list[str]:
     """Returns a line for each thing that was worked out beside the bound."""
-    unit = "nats" if model.levels is None else "bits/dim"
 
     def shown(record: dict[str, Any]) -> str:
-        value = record["nats" if model.levels is None else "bits_per_dim"]
-        return f"{value['mean']:.4f} ± {value['se']:.4f} {unit}"
+        if model.levels is None:  # a cost, as in the table
+            return f"{-record['nats']['mean']:.4f} ± {record['nats']['se']:.4f} nats (minus the log-density)"
+        return f"{record['bits_per_dim']['mean']:.4f} ± {record['bits_per_dim']['se']:.4f} bits/dim"
 
     lines = []
     if iwae := extra.get("iwae"):

@@ -28,8 +28,8 @@ from losses import DiagGaussian
 from losses.draws import rand, randn_like
 
 PROTOCOL = (
-    "probability-flow ODE of the trained chain, uniform dequantisation: another model (deterministic) and another protocol "
-    "than the ELBO's, not a bound on the same likelihood"
+    "probability-flow ODE of the trained chain{}: another model (deterministic) and another protocol than the ELBO's, not a "
+    "bound on the same likelihood"
 )
 
 
@@ -74,7 +74,8 @@ class ProbabilityFlow:
     def describe(self) -> dict[str, object]:
         """Returns what a reader must know."""
         divergence = "exact" if self.exact else "Hutchinson's estimate, one Rademacher probe"
-        return {"protocol": PROTOCOL, "divergence": divergence, "tolerance": self.tolerance, "solver": "scipy RK45"}
+        protocol = PROTOCOL.format("" if self.model.levels is None else ", uniform dequantisation")
+        return {"protocol": protocol, "divergence": divergence, "tolerance": self.tolerance, "solver": "scipy RK45"}
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         """Returns ln P of levels, or ln p of continuous data, with one dequantisation each: x (B, C, H, W) -> (B,), nats."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
     started = time.monotonic()
     quiet_libraries()
     check_settings(cfg)
-    saved = SavedRun.open(str(cfg.run), list(cfg.packages or []))
+    saved = SavedRun.open(str(cfg.run), packages_of(cfg.packages))
     check_place(saved.directory)
     chosen = choose_weights(cfg.weights, saved)
     check_weights(saved, chosen)
@@ -83,6 +83,14 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
         )
     first = results[chosen[0]]
     return first.get("bpd", first["terms"]["elbo"]["nats"]["mean"]), interrupted
+
+
+def packages_of(given: Any) -> list[str]:
+    """Returns the names of packages: ``packages=mine`` is one of them."""
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, (list, ListConfig)) else []
+    if (names or given) and not (names and all(isinstance(name, str) for name in names)):
+        raise SettingError(f"packages={given}: give names of packages, as in packages=[my_networks]")
+    return names
 
 
 def say(fabric: Fabric, text: Any) -> None:

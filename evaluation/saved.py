@@ -17,6 +17,7 @@ from lightning_modules import LikelihoodModule
 from runs.build import SettingError, build_part
 from runs.directory import BEST, LAST, read_checkpoint
 from runs.job import load_data
+from runs.resuming import same_images
 
 OWN = ("losses", "diffusion", "networks", "datamodules", "lightning_modules")
 
@@ -87,11 +88,17 @@ class SavedRun:
                 )
 
     def data(self, root: str | None = None) -> LightningDataModule:
-        """Builds the data module of the run and reads its data, from ``root`` if given."""
+        """Builds the data module of the run and reads its data, from ``root`` if given.
+
+        Raises:
+            SettingError: if it is missing, or other images than the run was trained on.
+        """
         config = dict(self.content["config"]["data"])
         if root is not None and "root" in config:
             config["root"] = root
-        return load_data(OmegaConf.create(config))
+        datamodule = load_data(OmegaConf.create(config))
+        same_images(self.content.get("images"), datamodule, f"run={self.path}")
+        return datamodule
 
     def model(self) -> LikelihoodModule:
         """Builds the model, its weights not yet loaded."""

@@ -31,6 +31,8 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
     Raises:
         SettingError: with the sentence of the constructor that refused, without Hydra's frames around it.
     """
+    if "_target_" not in cfg:
+        raise SettingError(f"{cfg._get_full_key(None)} has no _target_: give what is to be built, as in package.Class")
     try:
         return instantiate(cfg, _convert_="all", **extra)
     except InstantiationException as error:

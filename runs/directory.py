@@ -50,7 +50,8 @@ def claim(directory: Path, continuing: bool) -> None:
     Raises:
         SettingError: if a run is there.
     """
-    if (directory / CONFIG).exists() and not continuing:
+    begun = any((directory / name).exists() for name in (RESULT, "metrics.csv", "checkpoints"))
+    if begun and (directory / CONFIG).exists() and not continuing:  # else what is there was refused before its first step
         raise SettingError(
             f"hydra.run.dir={directory} already holds a run: add ckpt=auto to go on with it, or choose another directory"
         )

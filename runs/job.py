@@ -34,6 +34,7 @@ from callbacks import (
     run_checkpoint,
     tested_step,
 )
+from datamodules import ImageDataModule
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
@@ -41,7 +42,7 @@ from runs.build import RankError, SettingError, build_part, factory, plain
 from runs.devices import compile_networks, is_child_rank
 from runs.directory import CONFIG, FORMAT, RESULT, hold, write_json
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
-from runs.resuming import choose_checkpoint, resume_command
+from runs.resuming import choose_checkpoint, resume_command, same_images
 from runs.settings import check_model, check_settings
 
 LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
@@ -68,9 +69,11 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
     quiet_libraries()
     check_settings(cfg)
     config = plain(cfg)
-    checkpoint, step = choose_checkpoint(cfg, config, directory)
+    checkpoint, step, images = choose_checkpoint(cfg, config, directory)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = load_data(cfg.data)
+    same_images(images, datamodule, f"ckpt={checkpoint}")
+    check_limits(cfg, datamodule)
     model: LikelihoodModule = build_part(cfg.model)
     check_model(model, datamodule.image_shape)
     compile_networks(model, cfg.compile)
@@ -131,6 +134,10 @@ def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: LightningData
 def load_data(cfg: DictConfig) -> LightningDataModule:
     """Builds the data module and reads the data now: what is missing is said before anything else is built."""
     datamodule: LightningDataModule = build_part(cfg)
+    if not isinstance(datamodule, ImageDataModule):
+        raise SettingError(
+            f"data._target_={cfg._target_}: derive it from datamodules.ImageDataModule, whose load() gives images"
+        )
     try:
         if not is_child_rank():
             datamodule.prepare_data()
@@ -139,6 +146,18 @@ def load_data(cfg: DictConfig) -> LightningDataModule:
     except (ValueError, OSError) as error:
         raise SettingError(" ".join(str(error).split())) from error
     return datamodule
+
+
+def check_limits(cfg: DictConfig, datamodule: LightningDataModule) -> None:
+    """Refuses a share of the batches that is less than one, which Lightning would refuse when it comes to them."""
+    for split in ("train", "val", "test"):
+        limit = cfg.trainer.get(f"limit_{split}_batches")
+        if isinstance(limit, float) and limit:
+            num = len(getattr(datamodule, f"{split}_dataloader")())
+            if int(limit * num) < 1:
+                raise SettingError(
+                    f"trainer.limit_{split}_batches={limit}: that is none of {num} batches, give a number of them"
+                )
 
 
 def only_tries(trainer: Trainer, cfg: DictConfig) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
 
 from callbacks import all_finite
@@ -20,10 +21,12 @@ from runs.directory import LAST, claim, read_checkpoint
 NEEDED = ("loops", "global_step", "optimizer_states", "lr_schedulers")  # beside the weights, to go on
 
 
-def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) -> tuple[Path | None, int]:
-    """Returns the checkpoint to continue from, if any, and its step; refuses a directory that holds another run."""
+def choose_checkpoint(
+    cfg: DictConfig, config: dict[str, Any], directory: Path
+) -> tuple[Path | None, int, dict[str, Any] | None]:
+    """Returns the checkpoint to continue from, if any, its step and its images; refuses a directory that holds another run."""
     choices = HydraConfig.get().runtime.choices
-    checkpoint, step, here = None, 0, directory / LAST
+    checkpoint, step, images, here = None, 0, None, directory / LAST
     if cfg.ckpt == "auto":
         checkpoint = here if here.is_file() else None
     elif cfg.ckpt is not None:
@@ -38,9 +41,9 @@ def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) 
         same_model(held["config"], config, checkpoint)
         same_data(held["config"], config, checkpoint)
         same_optimizer(held["config"], config, checkpoint)
-        enough_epochs(held, cfg.trainer.max_epochs, checkpoint)
+        enough_steps(held, cfg.trainer, config, checkpoint)
         same_batches(held, config, checkpoint)
-        step = held["global_step"]
+        step, images = held["global_step"], held.get("images")
         if not all_finite(value for value in held["state_dict"].values() if isinstance(value, torch.Tensor)):
             raise SettingError(
                 f"ckpt={checkpoint} holds weights that are not finite: give an earlier one, or start without ckpt"
@@ -48,7 +51,7 @@ def choose_checkpoint(cfg: DictConfig, config: dict[str, Any], directory: Path) 
     if not is_child_rank():
         own = checkpoint is not None and directory in checkpoint.absolute().parents
         claim(directory, continuing=own or cfg.ckpt == "auto")
-    return checkpoint, step
+    return checkpoint, step, images
 
 
 def find_checkpoint(ckpt: str, directory: Path, outputs: Path, suffix: str) -> Path:
@@ -109,6 +112,23 @@ def same_data(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
             raise SettingError(f"ckpt={path} was trained on other data: there {key}={there[key]}, here {key}={here}")
 
 
+def same_images(theirs: dict[str, Any] | None, datamodule: LightningDataModule, what: str) -> None:
+    """Refuses other images under the same settings, as where files were added to a folder, which deals its splits anew.
+
+    Args:
+        theirs: what the checkpoint says of its images; ``None`` if it is an earlier version's.
+        datamodule: with its data read.
+        what: the setting that names the checkpoint, and its value.
+
+    Raises:
+        SettingError: naming what differs.
+    """
+    ours = datamodule.fingerprint() if theirs and hasattr(datamodule, "fingerprint") else {}
+    for name, here in ours.items():
+        if name in theirs and theirs[name] != here:
+            raise SettingError(f"{what} was trained on other images: there {name}={theirs[name]}, here {here}; give it its own")
+
+
 def same_optimizer(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
     """Refuses another kind of optimiser, which cannot go on with the state of this one; its settings may change.
 
@@ -122,33 +142,48 @@ def same_optimizer(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> 
         )
 
 
-def enough_epochs(checkpoint: dict[str, Any], max_epochs: int | None, path: Path) -> None:
-    """Refuses to train for fewer epochs than there have been.
+def enough_steps(checkpoint: dict[str, Any], trainer: DictConfig, ours: dict[str, Any], path: Path) -> None:
+    """Refuses to train for less than there has been, and to change what training follows where nothing of it is left.
 
     Raises:
-        SettingError: naming both.
+        SettingError: naming the settings.
     """
-    fit = checkpoint["loops"]["fit_loop"]
+    fit, steps = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
     epochs = fit["epoch_progress"]["current"]
     # written in the validation behind an epoch, which then does not count as processed yet
     done = epochs["processed"] + (fit["epoch_loop.batch_progress"]["is_last_batch"] and epochs["ready"] > epochs["processed"])
-    if max_epochs is not None and 0 <= max_epochs < done:
-        raise SettingError(f"trainer.max_epochs={max_epochs}: ckpt={path} has trained {done} epochs: give as many, or more")
+    ends = (("max_epochs", done, "epochs"), ("max_steps", steps, "steps"))
+    for name, count, unit in ends:
+        limit = trainer.get(name)
+        if limit is not None and 0 <= limit < count:
+            raise SettingError(f"trainer.{name}={limit}: ckpt={path} has trained {count} {unit}: give as many, or more")
+    if not any(trainer.get(name) == count for name, count, _ in ends):
+        return
+    there = dict(flatten(checkpoint["config"]["model"], "model"))
+    for key, here in flatten({name: ours["model"].get(name) for name in ("beta", "weighting", "timestep_sampler")}, "model"):
+        if key in there and there[key] != here:
+            raise SettingError(
+                f"{key}={here}: ckpt={path} was trained with {there[key]}, and nothing is left to train: give more "
+                "trainer.max_epochs or trainer.max_steps, or leave it alone"
+            )
 
 
 def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
-    """Refuses another batch size where the epoch is to go on behind its n-th batch, which would then be another place.
+    """Refuses what deals batches otherwise where the epoch is to go on behind its n-th, which would then be another place.
 
     Raises:
-        SettingError: naming both sizes.
+        SettingError: naming the setting and both values.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    there, here = (config["data"].get("batch_size") for config in (checkpoint["config"], ours))
-    if there != here and progress["current"]["processed"] and not progress["is_last_batch"]:
-        raise SettingError(
-            f"ckpt={path} stopped amid an epoch of batches of {there}: go on with data.batch_size={there}, not {here}, or from "
-            "a checkpoint of the end of an epoch"
-        )
+    if not progress["current"]["processed"] or progress["is_last_batch"]:
+        return
+    for name in ("batch_size", "seed", "block_size"):
+        there, here = (config["data"].get(name) for config in (checkpoint["config"], ours))
+        if there != here:
+            raise SettingError(
+                f"ckpt={path} stopped amid an epoch that is dealt by data.{name}={there}: go on with data.{name}={there}, not "
+                f"{here}, or from a checkpoint of the end of an epoch"
+            )
 
 
 def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:

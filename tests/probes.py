@@ -1,6 +1,6 @@
-"""What a job under test is asked to say of itself: callbacks that a command line can name."""
+"""What a command line can name for a job under test: callbacks that say what it does, and data of another kind."""
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 
 from lightning_modules.sharding import local
 
@@ -16,3 +16,10 @@ class Shards(Callback):
         average = sum(tensor.numel() for callback in trainer.callbacks for tensor in getattr(callback, "_average", ()))
         whole = sum(parameter.numel() for parameter in parameters)
         print(f"rank {trainer.global_rank} holds {weights} {moments} {average} of {whole}", flush=True)
+
+
+class ForeignData(LightningDataModule):
+    """Data that is not this framework's."""
+
+    def __init__(self, **settings):
+        super().__init__()

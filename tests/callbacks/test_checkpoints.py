@@ -1,12 +1,14 @@
 """A run that has diverged says so early, and leaves nothing on disk that cannot be gone on from."""
 
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.checkpoints import WholeFiles
 from lightning_modules import VAELightningModule
 from runs.build import SettingError
 from tests.jobs import result, run_here
@@ -80,6 +82,25 @@ def test_weights_that_are_not_finite_are_not_gone_on_from(tmp_path):
     torch.save(checkpoint, path)
     with pytest.raises(SettingError, match="holds weights that are not finite"):
         run_here(tmp_path, *JOB, "ckpt=last")
+
+
+def test_a_write_that_is_cut_short_leaves_the_file_before(tmp_path, monkeypatch):
+    place, whole = tmp_path / "kept" / "last.ckpt", torch.save
+    WholeFiles().save_checkpoint({"step": 1}, place)
+
+    def cut_short(content, file):
+        whole(content, file)
+        Path(file).write_bytes(Path(file).read_bytes()[:100])
+        raise KeyboardInterrupt  # SIGKILL does not even say so
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            WholeFiles().save_checkpoint({"step": 2}, place)
+    assert torch.load(place, weights_only=True) == {"step": 1}
+    WholeFiles().save_checkpoint({"step": 3}, place)
+    assert torch.load(place, weights_only=True) == {"step": 3}
+    assert list(place.parent.iterdir()) == [place]
 
 
 class Counts(Callback):

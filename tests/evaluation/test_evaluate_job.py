@@ -222,7 +222,10 @@ def test_weights_that_are_not_finite_and_places_that_take_no_results_are_refused
     torch.save(checkpoint, run / "checkpoints/best.ckpt")
     with pytest.raises(SettingError, match="ema weights that are not finite"):
         evaluate_here(run, *QUICK)
-    evaluate_here(run, "weights=raw", "replicates=1", "max_images=4", "packages=null", *QUICK)
+    with pytest.raises(SettingError, match="packages=3: give names"):
+        evaluate_here(run, "weights=raw", "packages=3", *QUICK)
+    for packages in ("null", "mine"):
+        evaluate_here(run, "weights=raw", "replicates=1", "max_images=4", f"packages={packages}", *QUICK)
 
 
 def test_an_error_of_one_image_is_not_known(tmp_path, capsys):
@@ -299,7 +302,9 @@ def test_continuous_data_is_scored_in_nats_and_its_flow_too(tmp_path, capsys):
     assert "bits" not in json.dumps(own)
     assert math.isfinite(own["probability_flow"]["nats"]["mean"])
     assert "not a bound" in own["probability_flow"]["protocol"]
+    assert "dequantisation" not in own["probability_flow"]["protocol"]
     printed = capsys.readouterr().out
+    assert f"flow: {-own['probability_flow']['nats']['mean']:.4f} ±" in printed  # a cost, as in the table
     assert "log-density" in printed
     assert "bits/dim" not in printed
 

@@ -128,6 +128,9 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["model.optimizer.lr=-1"], "lr"),
         (["+trainer.overfit_batches=2"], "limit_train_batches"),
         (["+trainer.logger=false"], "logger=null"),
+        (["+trainer.limit_test_batches=0.1"], "trainer.limit_test_batches=0.1: that is none of 2 batches"),
+        (["+callbacks.mine.monitor=x"], "callbacks.mine has no _target_"),
+        (["data._target_=tests.probes.ForeignData"], "data._target_=tests.probes.ForeignData: derive it"),
         (["+trainer.default_root_dir=here"], "hydra.run.dir"),
     ],
 )
@@ -179,6 +182,8 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
 def test_a_refused_job_claims_nothing_and_may_be_tried_again_in_its_place(tmp_path):
     with pytest.raises(SettingError):
         run_here(tmp_path, "model=vae", "logger=csv", "data.batch_size=5000")
+    with pytest.raises(SettingError, match="val_check_interval"):  # which Lightning refuses when it has begun
+        run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "+trainer.val_check_interval=50")
     run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1")
     assert result(tmp_path / "run")["step"] == 11
 
@@ -190,6 +195,14 @@ def test_early_stopping_and_training_without_averages(tmp_path):
     )  # fmt: skip
     assert result(tmp_path / "run")["step"] == 22
     assert result(tmp_path / "run")["weights"] == "raw"
+
+
+def test_a_run_that_early_stopping_has_ended_is_over_unless_it_is_given_more_patience(tmp_path):
+    settings = ("model=vae", "logger=csv", "callbacks=early_stopping", "+callbacks.early_stopping.min_delta=1e6")
+    settings += ("callbacks.pictures=null", "trainer.max_epochs=50", "ckpt=auto")
+    for patience, steps in ((1, 22), (1, 22), (2, 33), (2, 33)):
+        run_here(tmp_path, *settings, f"callbacks.early_stopping.patience={patience}")
+        assert result(tmp_path / "run")["step"] == steps
 
 
 @pytest.mark.parametrize("model", ["vae", "ddpm"])

@@ -7,11 +7,13 @@ import signal
 
 import pytest
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from callbacks import SeededBatches, Vitals
+from callbacks.checkpoints import WholeFiles
 from lightning_modules import VAELightningModule
 from runs.build import SettingError
+from tests.data_files import pictures, write_folder
+from tests.evaluation.evaluations import evaluate_here
 from tests.jobs import result, run_here
 
 COMMON = (
@@ -235,10 +237,33 @@ def test_what_is_begun_anew_where_nothing_was_saved_has_its_own_rows_alone(unint
     assert rows(tmp_path) == rows(uninterrupted)
 
 
-def test_another_batch_size_is_refused_amid_an_epoch(tmp_path):
+def test_what_deals_the_batches_otherwise_is_refused_amid_an_epoch_and_fewer_steps_are_too(tmp_path):
     run_here(tmp_path, *COMMON, "trainer.max_steps=15")
     with pytest.raises(SettingError, match=r"data\.batch_size=128, not 64"):
         run_here(tmp_path, *COMMON, "data.batch_size=64", "ckpt=last")
+    with pytest.raises(SettingError, match=r"data\.seed=0, not 5"):
+        run_here(tmp_path, *COMMON, "seed=5", "ckpt=last")
+    with pytest.raises(SettingError, match=r"trainer\.max_steps=14: .* has trained 15 steps"):
+        run_here(tmp_path, *COMMON, "trainer.max_steps=14", "ckpt=last")
+    with pytest.raises(SettingError, match=r"model\.beta=2: .* was trained with 1\.0, and nothing is left to train"):
+        run_here(tmp_path, *COMMON, "trainer.max_steps=15", "model.beta=2", "ckpt=last")
+    run_here(tmp_path, *COMMON, "trainer.max_steps=18", "model.beta=2", "ckpt=last")
+    assert result(tmp_path / "run")["step"] == 18
+
+
+def test_a_picture_that_joins_the_folder_deals_its_splits_anew_and_is_refused(tmp_path):
+    write_folder(tmp_path / "pictures", pictures(50, 8, 8, 3))
+    data = ("data=image_folder", "data.image_size=8", f"data.root={tmp_path}/pictures", "data.batch_size=16")
+    settings = ("model=vae", "logger=csv", "callbacks.pictures=null", *data)
+    run_here(tmp_path, *settings, "trainer.max_epochs=1")
+    moved = (tmp_path / "pictures").rename(tmp_path / "moved")
+    run_here(tmp_path, *settings, f"data.root={moved}", "trainer.max_epochs=2", "ckpt=last")
+    assert evaluate_here(tmp_path / "run", "replicates=1", "pictures=false", "balance=false")[0] > 0
+    (moved / "000.png").rename(moved / "another.png")  # as many as before
+    with pytest.raises(SettingError, match=r"ckpt=.* was trained on other images: there files_sha256="):
+        run_here(tmp_path, *settings, f"data.root={moved}", "trainer.max_epochs=3", "ckpt=last")
+    with pytest.raises(SettingError, match=r"run=.* was trained on other images"):
+        evaluate_here(tmp_path / "run")
 
 
 @pytest.mark.parametrize("length", [("trainer.max_epochs=3",), ("trainer.max_epochs=9", "trainer.max_steps=55")])
@@ -298,7 +323,7 @@ def test_a_finished_run_that_is_started_again_has_one_row_of_its_test(tmp_path):
 
 @pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])
 def test_ctrl_c_while_a_checkpoint_is_written_loses_neither_it_nor_its_figure(name, six_epochs, tmp_path, monkeypatch):
-    usual, count = TorchCheckpointIO.save_checkpoint, itertools.count()
+    usual, count = WholeFiles.save_checkpoint, itertools.count()
 
     def save(self, checkpoint, path, *args, **kwargs):
         if str(path).endswith(name) and next(count) == 2:  # of the last validation
@@ -306,7 +331,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_loses_neither_it_nor_its_figure(na
         usual(self, checkpoint, path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TorchCheckpointIO, "save_checkpoint", save)
+        patch.setattr(WholeFiles, "save_checkpoint", save)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             run_here(tmp_path, *SHORT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
