@@ -26,6 +26,8 @@ def run(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg, "runs"):
         raise SettingError("runs= is missing: give sweeps, run directories or globs, as in runs=outputs/sweeps/*")
     patterns = _listed(cfg.runs)
+    if not all(patterns):
+        raise SettingError(f"runs={','.join(patterns)}: a name is empty, give sweeps, run directories or globs")
     runs, skipped = collect(patterns)
     finished = [one for one in runs if one.result]
     left_out = [*(_line(one) for one in runs if not one.result), *(f"skipped: {line}" for line in skipped)]

@@ -28,6 +28,8 @@ INTEGERS = {
     "callbacks.early_stopping.patience": (0, False),
     "callbacks.pictures.num": (1, False),
     "callbacks.pictures.every_n_epochs": (0, False),
+    "callbacks.seeding.seed": (0, False),
+    "model.lr_scheduler.warmup_steps": (0, False),
 }
 # least value of each, whether that value itself is one, and whether null is
 NUMBERS = {
@@ -120,6 +122,10 @@ def _check_lengths(cfg: DictConfig) -> None:
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
             "the data: set trainer.limit_train_batches and trainer.limit_val_batches"
         )
+    for unit in ("epochs", "steps"):
+        least, most = cfg.trainer.get(f"min_{unit}"), cfg.trainer.get(f"max_{unit}")
+        if None not in (least, most) and 0 <= most < least:
+            raise SettingError(f"trainer.min_{unit}={least} is above trainer.max_{unit}={most}: one of them has to give")
     for name in BATCHES:
         value = cfg.trainer.get(name)
         if value is None or (name == "limit_val_batches" and value == 0):
@@ -133,6 +139,10 @@ def _check_monitor(cfg: DictConfig) -> None:
     stop = (cfg.get("callbacks") or {}).get("early_stopping")
     if stop is None:
         return
+    if cfg.trainer.get("limit_val_batches") == 0 and not stop.get("check_on_train_epoch_end"):
+        raise SettingError(
+            "callbacks=early_stopping watches validations, and trainer.limit_val_batches=0 leaves none: keep some"
+        )
     known = [f"val/{name}" for name in (*TERMS, "elbo_se", *(("bpd",) if cfg.data.get("levels") else ()))]
     if stop.get("check_on_train_epoch_end"):
         known += ["train/loss", "train/bpd" if cfg.data.get("levels") else "train/elbo"]

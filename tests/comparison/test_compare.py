@@ -274,6 +274,7 @@ def test_two_hundred_runs_are_compared(tmp_path):
     ("settings", "sentence"),
     [
         ({"runs": "???"}, "runs= is missing"),
+        ({"runs": ""}, "a name is empty"),
         ({"runs": "nowhere*"}, r"runs=nowhere\* matches nothing"),
         ({"runs": []}, "holds no run"),
         ({"by": "model/nope"}, "by=model/nope"),
