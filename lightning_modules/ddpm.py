@@ -183,6 +183,8 @@ class DDPMLightningModule(LikelihoodModule):
         x0 = self.to_unit(x)
         noise = randn_like(x0)  # before t: with T = 1 the draws are then a VAE's
         on_cpu = self.timestep_sampler(x.shape[0], self.num_steps, torch.device("cpu"))  # known here without a device sync
+        if not isinstance(on_cpu, Tensor):
+            raise ValueError(f"model.timestep_sampler gives {type(on_cpu).__name__}, not a step for each image")
         if on_cpu.shape != x.shape[:1] or not all(1 <= step <= self.num_steps for step in on_cpu.tolist()):
             raise ValueError(
                 f"model.timestep_sampler gives {on_cpu.flatten()[:4].tolist()}... of shape {tuple(on_cpu.shape)}, not a "
@@ -203,8 +205,9 @@ class DDPMLightningModule(LikelihoodModule):
         self.step_profile.record(t, matching.detach())
         noise_hat = self.parameterization.epsilon(output, x_t, t, self.process)
         loss = self.weighting(StepTerms(matching - reconstruction, prior, noise, noise_hat, self.num_steps))
-        if loss.shape != prior.shape:
-            raise ValueError(f"the weighting gives shape {tuple(loss.shape)}, not one number for each of {len(prior)} images")
+        if not isinstance(loss, Tensor) or loss.shape != prior.shape:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the weighting gives {found}, not one number for each of {len(prior)} images")
         return loss.mean() / self.num_dims, Elbo(self.num_steps * reconstruction, prior, self.num_steps * matching)
 
     def sample(self, num: int, mean: bool = False) -> Tensor:

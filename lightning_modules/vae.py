@@ -66,6 +66,8 @@ class VAELightningModule(LikelihoodModule):
     def levels_of(self, x: Tensor) -> list[Level]:
         """Draws z ~ q(z|x): the one level of the hierarchy."""
         q = self.encoder(self.to_unit(x))
+        if not isinstance(q, DiagGaussian):
+            raise ValueError(f"the encoder gives {type(q).__name__}, not the losses.DiagGaussian q(z|x)")
         return [Level(q, DiagGaussian.standard(q.mean), q.sample())]
 
     def elbo(self, x: Tensor) -> Elbo:

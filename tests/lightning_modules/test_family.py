@@ -335,10 +335,20 @@ def test_schedules_variances_and_weightings_of_another_length_are_refused():
     model = DDPMLightningModule(Tiny(2, 1), diffusion.cosine, weighting=lambda terms: terms.term.mean(), **settings)
     with pytest.raises(ValueError, match="the weighting gives shape"):
         model.objective(torch.zeros(4, *SHAPE, dtype=torch.uint8))
+    model = DDPMLightningModule(Tiny(2, 1), diffusion.cosine, weighting=lambda terms: None, **settings)
+    with pytest.raises(ValueError, match="the weighting gives NoneType"):
+        model.objective(torch.zeros(4, *SHAPE, dtype=torch.uint8))
     for drawn in (torch.tensor([3]), torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 5])):
         model = DDPMLightningModule(Tiny(2, 1), diffusion.cosine, timestep_sampler=lambda *_, t=drawn: t, **settings)
         with pytest.raises(ValueError, match="not a step from 1 to 4 for each of 4"):
             model.objective(torch.zeros(4, *SHAPE, dtype=torch.uint8))
+
+
+def test_an_encoder_that_gives_no_distribution_is_refused():
+    _, decoder = vae_parts(1)
+    vae = VAELightningModule(torch.nn.Identity(), decoder, DiscretizedLogistic(LEVELS), 4, image_shape=SHAPE, levels=LEVELS)
+    with pytest.raises(ValueError, match="the encoder gives Tensor"):
+        vae.elbo(torch.zeros(4, *SHAPE, dtype=torch.uint8))
 
 
 def test_transitions_of_p_are_not_silently_those_of_q_too():
