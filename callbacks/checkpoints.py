@@ -47,7 +47,9 @@ class WholeFiles(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes the file at once."""
+        """Writes the file at once; one that a callback of one's own keeps elsewhere (``s3://...``) as Lightning does."""
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
         draft = Path(f"{path}.part")
         draft.parent.mkdir(parents=True, exist_ok=True)
         torch.save(checkpoint, draft)
