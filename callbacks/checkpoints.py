@@ -85,7 +85,7 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.config, self.file_format = config, file_format
-        self.interrupted, self.kept_step, self.loaded_step, self._looked_at = False, 0, 0, 0
+        self.interrupted, self.kept_step, self.loaded_step, self._looked_at, self._validates = False, 0, 0, 0, True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Has files written whole, unless one has chosen how they are written."""
@@ -123,6 +123,11 @@ class RunCheckpoint(ModelCheckpoint):
         best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks once whether there are validations: Lightning looks through the module each time it is asked."""
+        super().on_train_start(trainer, pl_module)
+        self._validates = trainer.enable_validation
+
     @cached_property
     def state_key(self) -> str:
         """Lightning's key, put together once: it is asked for at every hook of every step."""
@@ -139,8 +144,7 @@ class RunCheckpoint(ModelCheckpoint):
         if step != self._looked_at and step % trainer.log_every_n_steps == 0:
             self._looked_at = step
             self._check(trainer, "train/loss")
-        loop = trainer.fit_loop.epoch_loop
-        if not trainer.enable_validation and not loop._num_ready_batches_reached() and ends_here(trainer):
+        if not self._validates and not trainer.fit_loop.epoch_loop._num_ready_batches_reached() and ends_here(trainer):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,7 +159,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes last.ckpt behind every epoch where there are no validations; an epoch that was cut short has written it."""
-        if not trainer.enable_validation:
+        if not self._validates:
             self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:

@@ -44,7 +44,7 @@ class LastValidation(Callback):
         """Adds it to those that Lightning finds due."""
         loop = trainer.fit_loop.epoch_loop
         is_due = type(loop)._should_check_val_fx
-        loop._should_check_val_fx = lambda fetcher: is_due(loop, fetcher) or (trainer.enable_validation and ends_here(trainer))
+        loop._should_check_val_fx = lambda fetcher: is_due(loop, fetcher) or (ends_here(trainer) and trainer.enable_validation)
 
 
 def ends_here(trainer: Trainer) -> bool:
