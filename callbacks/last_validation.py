@@ -1,4 +1,4 @@
-"""A validation at the end of training, wherever that is."""
+"""Where training ends: in a validation, wherever that is, and where it had ended before."""
 
 from __future__ import annotations
 

@@ -27,11 +27,6 @@ from lightning_modules import DDPMLightningModule
 from losses import DiagGaussian
 from losses.draws import rand, randn_like
 
-PROTOCOL = (
-    "probability-flow ODE of the trained chain{}: another model (deterministic) and another protocol than the ELBO's, not a "
-    "bound on the same likelihood"
-)
-
 
 @dataclass(frozen=True, eq=False)
 class _Moment:
@@ -74,7 +69,11 @@ class ProbabilityFlow:
     def describe(self) -> dict[str, object]:
         """Returns what a reader must know."""
         divergence = "exact" if self.exact else "Hutchinson's estimate, one Rademacher probe"
-        protocol = PROTOCOL.format("" if self.model.levels is None else ", uniform dequantisation")
+        dequantised = "" if self.model.levels is None else ", uniform dequantisation"
+        protocol = (
+            f"probability-flow ODE of the trained chain{dequantised}: another model (deterministic) and another protocol than "
+            "the ELBO's, not a bound on the same likelihood"
+        )
         return {"protocol": protocol, "divergence": divergence, "tolerance": self.tolerance, "solver": "scipy RK45"}
 
     def log_likelihood(self, x: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
 
 def packages_of(given: Any) -> list[str]:
     """Returns the names of packages: ``packages=mine`` is one of them."""
-    names = [given] if isinstance(given, str) else list(given) if isinstance(given, (list, ListConfig)) else []
-    if (names or given) and not (names and all(isinstance(name, str) for name in names)):
+    names = list(given) if isinstance(given, ListConfig) else [] if given is None else [given]
+    if not all(isinstance(name, str) and name for name in names):
         raise SettingError(f"packages={given}: give names of packages, as in packages=[my_networks]")
     return names
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -43,7 +43,7 @@ from runs.devices import compile_networks, is_child_rank
 from runs.directory import CONFIG, FORMAT, RESULT, hold, write_json
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
 from runs.resuming import choose_checkpoint, resume_command, same_images
-from runs.settings import check_model, check_settings
+from runs.settings import check_limits, check_model, check_ranks, check_settings
 
 LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
 
@@ -124,16 +124,16 @@ def say(trainer: Trainer, text: str) -> None:
     print(text, flush=True)
 
 
-def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: LightningDataModule) -> str:
+def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: ImageDataModule) -> str:
     """Returns the line a run starts with: what is trained on what."""
     choices = HydraConfig.get().runtime.choices
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"model={choices.model} ({parameters:,} parameters)  data={datamodule.describe()}  seed={cfg.seed}"
 
 
-def load_data(cfg: DictConfig) -> LightningDataModule:
+def load_data(cfg: DictConfig) -> ImageDataModule:
     """Builds the data module and reads the data now: what is missing is said before anything else is built."""
-    datamodule: LightningDataModule = build_part(cfg)
+    datamodule = build_part(cfg)
     if not isinstance(datamodule, ImageDataModule):
         raise SettingError(
             f"data._target_={cfg._target_}: derive it from datamodules.ImageDataModule, whose load() gives images"
@@ -148,41 +148,10 @@ def load_data(cfg: DictConfig) -> LightningDataModule:
     return datamodule
 
 
-def check_limits(cfg: DictConfig, datamodule: LightningDataModule) -> None:
-    """Refuses a share of the batches that is less than one, which Lightning would refuse when it comes to them."""
-    for split in ("train", "val", "test"):
-        limit = cfg.trainer.get(f"limit_{split}_batches")
-        if isinstance(limit, float) and limit:
-            num = len(getattr(datamodule, f"{split}_dataloader")())
-            if int(limit * num) < 1:
-                raise SettingError(
-                    f"trainer.limit_{split}_batches={limit}: that is none of {num} batches, give a number of them"
-                )
-
-
 def only_tries(trainer: Trainer, cfg: DictConfig) -> bool:
     """Whether this job leaves no run: it looks for a batch size, or whether all of it works; a sweep has a place for that."""
     looks = any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)
     return looks or (bool(cfg.trainer.get("fast_dev_run")) and HydraConfig.get().mode != RunMode.MULTIRUN)
-
-
-def check_ranks(trainer: Trainer, datamodule: LightningDataModule, cfg: DictConfig) -> None:
-    """Refuses what several devices cannot share, now that their number is known."""
-    if trainer.world_size == 1:
-        return
-    try:
-        datamodule.check_ranks(trainer.world_size)
-    except ValueError as error:
-        raise SettingError(str(error)) from None
-    for name in ("limit_val_batches", "limit_test_batches"):
-        limit = cfg.trainer.get(name)
-        if isinstance(limit, float) and limit < 1:
-            raise SettingError(f"trainer.{name}={limit}: devices have different numbers of batches, give a number of batches")
-    if any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):
-        raise SettingError(
-            f"callbacks=batch_size_finder tries one device, not trainer.devices={trainer.world_size}: run it with "
-            "trainer.devices=1 and multiply what it finds by the devices"
-        )
 
 
 def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path, step: int = 0) -> Trainer:
@@ -222,7 +191,7 @@ def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path, step
 
 
 def fit(
-    trainer: Trainer, model: LikelihoodModule, datamodule: LightningDataModule, checkpoint: Path | None, directory: Path
+    trainer: Trainer, model: LikelihoodModule, datamodule: ImageDataModule, checkpoint: Path | None, directory: Path
 ) -> None:
     """Trains; Ctrl-C and SIGTERM leave last.ckpt and say how to go on."""
     if checkpoint is not None:
@@ -278,7 +247,7 @@ def objective(trainer: Trainer, model: LikelihoodModule) -> float:
 def test(
     trainer: Trainer,
     model: LikelihoodModule,
-    datamodule: LightningDataModule,
+    datamodule: ImageDataModule,
     directory: Path,
     cfg: DictConfig,
     started: float,

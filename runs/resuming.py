@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
 
 from callbacks import all_finite
+from datamodules import ImageDataModule
 from runs.build import SettingError
 from runs.devices import is_child_rank
 from runs.directory import LAST, claim, read_checkpoint
@@ -41,7 +41,8 @@ def choose_checkpoint(
         same_model(held["config"], config, checkpoint)
         same_data(held["config"], config, checkpoint)
         same_optimizer(held["config"], config, checkpoint)
-        enough_steps(held, cfg.trainer, config, checkpoint)
+        enough_training(trained(held), cfg.trainer, checkpoint)
+        something_left(trained(held), cfg.trainer, held["config"], config, checkpoint)
         same_batches(held, config, checkpoint)
         step, images = held["global_step"], held.get("images")
         if not all_finite(value for value in held["state_dict"].values() if isinstance(value, torch.Tensor)):
@@ -112,7 +113,7 @@ def same_data(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
             raise SettingError(f"ckpt={path} was trained on other data: there {key}={there[key]}, here {key}={here}")
 
 
-def same_images(theirs: dict[str, Any] | None, datamodule: LightningDataModule, what: str) -> None:
+def same_images(theirs: dict[str, Any] | None, datamodule: ImageDataModule, what: str) -> None:
     """Refuses other images under the same settings, as where files were added to a folder, which deals its splits anew.
 
     Args:
@@ -123,10 +124,11 @@ def same_images(theirs: dict[str, Any] | None, datamodule: LightningDataModule, 
     Raises:
         SettingError: naming what differs.
     """
-    ours = datamodule.fingerprint() if theirs and hasattr(datamodule, "fingerprint") else {}
-    for name, here in ours.items():
-        if name in theirs and theirs[name] != here:
-            raise SettingError(f"{what} was trained on other images: there {name}={theirs[name]}, here {here}; give it its own")
+    for name, here in datamodule.fingerprint().items():
+        if theirs is not None and name in theirs and theirs[name] != here:
+            raise SettingError(
+                f"{what} was trained on other images: there {name}={theirs[name]}, here {here}; give the images as they were"
+            )
 
 
 def same_optimizer(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
@@ -142,24 +144,37 @@ def same_optimizer(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> 
         )
 
 
-def enough_steps(checkpoint: dict[str, Any], trainer: DictConfig, ours: dict[str, Any], path: Path) -> None:
-    """Refuses to train for less than there has been, and to change what training follows where nothing of it is left.
-
-    Raises:
-        SettingError: naming the settings.
-    """
-    fit, steps = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+def trained(checkpoint: dict[str, Any]) -> dict[str, int]:
+    """Returns {max_epochs, max_steps}: as many as a checkpoint has behind it."""
+    fit = checkpoint["loops"]["fit_loop"]
     epochs = fit["epoch_progress"]["current"]
     # written in the validation behind an epoch, which then does not count as processed yet
-    done = epochs["processed"] + (fit["epoch_loop.batch_progress"]["is_last_batch"] and epochs["ready"] > epochs["processed"])
-    ends = (("max_epochs", done, "epochs"), ("max_steps", steps, "steps"))
-    for name, count, unit in ends:
+    ended = fit["epoch_loop.batch_progress"]["is_last_batch"] and epochs["ready"] > epochs["processed"]
+    return {"max_epochs": epochs["processed"] + ended, "max_steps": checkpoint["global_step"]}
+
+
+def enough_training(done: dict[str, int], trainer: DictConfig, path: Path) -> None:
+    """Refuses to train for less than there has been.
+
+    Raises:
+        SettingError: naming both.
+    """
+    for name, count in done.items():
         limit = trainer.get(name)
         if limit is not None and 0 <= limit < count:
+            unit = name.removeprefix("max_")
             raise SettingError(f"trainer.{name}={limit}: ckpt={path} has trained {count} {unit}: give as many, or more")
-    if not any(trainer.get(name) == count for name, count, _ in ends):
+
+
+def something_left(done: dict[str, int], trainer: DictConfig, theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+    """Refuses another objective where nothing is left to train: the figures would stand under settings that they do not follow.
+
+    Raises:
+        SettingError: naming the first setting that differs.
+    """
+    if all(trainer.get(name) != count for name, count in done.items()):
         return
-    there = dict(flatten(checkpoint["config"]["model"], "model"))
+    there = dict(flatten(theirs["model"], "model"))
     for key, here in flatten({name: ours["model"].get(name) for name in ("beta", "weighting", "timestep_sampler")}, "model"):
         if key in there and there[key] != here:
             raise SettingError(

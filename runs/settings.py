@@ -1,4 +1,4 @@
-"""What is refused before anything is built: values that the libraries below would take late, silently or with a traceback."""
+"""What is refused before any training: values that the libraries below would take late, silently or with a traceback."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import os
 from functools import partial
 from typing import Any
 
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks import BatchSizeFinder
+from datamodules import ImageDataModule
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
 from runs.build import SettingError
@@ -48,7 +51,7 @@ SWITCHES = (
     "sweep.retry_failed",
 )
 ELSEWHERE = {  # what the trainer is given here, and the setting that decides it
-    "logger": "logger=wandb, logger=csv or logger=null",
+    "logger": "logger=wandb, logger=csv or ~logger",
     "callbacks": "+callbacks.NAME._target_=...",
     "default_root_dir": "hydra.run.dir",
 }
@@ -170,3 +173,34 @@ def check_model(model: LikelihoodModule, image_shape: tuple[int, ...]) -> None:
         model.optimizer_factory(model.parameters())
     except Exception as error:  # of whichever optimiser it is
         raise SettingError(f"model.optimizer cannot be built: {' '.join(str(error).split())}") from error
+
+
+def check_limits(cfg: DictConfig, datamodule: ImageDataModule) -> None:
+    """Refuses a share of the batches that is less than one, which Lightning would refuse when it comes to them."""
+    for split in ("train", "val", "test"):
+        limit = cfg.trainer.get(f"limit_{split}_batches")
+        if isinstance(limit, float) and limit:
+            num = len(getattr(datamodule, f"{split}_dataloader")())
+            if int(limit * num) < 1:
+                raise SettingError(
+                    f"trainer.limit_{split}_batches={limit}: that is none of {num} batches, give a number of them"
+                )
+
+
+def check_ranks(trainer: Trainer, datamodule: ImageDataModule, cfg: DictConfig) -> None:
+    """Refuses what several devices cannot share, now that their number is known."""
+    if trainer.world_size == 1:
+        return
+    try:
+        datamodule.check_ranks(trainer.world_size)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+    for name in ("limit_val_batches", "limit_test_batches"):
+        limit = cfg.trainer.get(name)
+        if isinstance(limit, float) and limit < 1:
+            raise SettingError(f"trainer.{name}={limit}: devices have different numbers of batches, give a number of batches")
+    if any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):
+        raise SettingError(
+            f"callbacks=batch_size_finder tries one device, not trainer.devices={trainer.world_size}: run it with "
+            "trainer.devices=1 and multiply what it finds by the devices"
+        )

@@ -18,6 +18,7 @@ MODELS = {
     "ddpm": ("model=ddpm", "model.num_steps=30", "model.network.hidden_dim=32", "trainer.max_epochs=6"),
     "short ddpm": SMALL_DDPM,
 }
+QUICK = ("pictures=false", "balance=false")
 CPU = ("fabric.accelerator=cpu", "data_root=null")
 
 
@@ -62,3 +63,8 @@ def arguments(*overrides) -> list[str]:
 
 def environment(home) -> dict[str, str]:
     return os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+
+def refuse_constant(name):
+    """For ``json.loads``: refuses NaN and infinity, which are no JSON."""
+    raise AssertionError(f"{name} is no JSON")
