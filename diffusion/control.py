@@ -48,10 +48,10 @@ class Control:
         self.lattice = None if frequencies is None else Lattice(len(frequencies))
         self.log_frequencies = None if frequencies is None else frequencies.log().to(process.betas)
         self.factors = factors.to(process.betas)
-        log_scale = process.posterior_x0.log() - process.log_reverse_std
-        self.weights = 0.5 * torch.exp(2 * log_scale)
-        # of ‖√ᾱ_t x_0 - x_t‖²: 1/ᾱ_t alone may be beyond float32
-        self.word_weights = 0.5 * torch.exp(2 * (log_scale - process.sqrt_alpha_bar.log()))
+        self.weights = 0.5 * torch.exp(2 * (process.posterior_x0.log() - process.log_reverse_std))
+        # of ‖√ᾱ_t x_0 - x_t‖², from a_t/√ᾱ_t = β_t/(√α_t (1 - ᾱ_t)): √ᾱ_t itself may be 0
+        log_word = process.betas.log() - process.sqrt_alpha.log() - 2 * process.log_noise_std
+        self.word_weights = 0.5 * torch.exp(2 * (log_word - process.log_reverse_std))
         self._totals: tuple[Tensor, Tensor] | None = None
 
     def _output(self, like: Tensor) -> Tensor:

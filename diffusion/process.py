@@ -145,7 +145,8 @@ def _coefficients(betas: Tensor, variance: Tensor) -> dict[str, Tensor]:
     safe_noise = torch.where(noise > 0, noise, 1.0)
     snr = log_alpha_bar.exp() / noise
     later = torch.arange(len(betas_t)) >= 2
-    snr_drop = torch.where(later, torch.cat([snr[:1], snr[:-1]]) - snr, 0.0)  # SNR_{t-1} - SNR_t
+    # SNR_{t-1}/SNR_t - 1, neither a difference of two near numbers nor 0/0 where a long chain's SNR is none
+    growth = torch.where(later, betas_t / ((1 - betas_t) * torch.where(later, previous_noise, 1.0)), 0.0)
     return {
         "betas": betas_t,
         "alpha_bar": log_alpha_bar.exp(),
@@ -159,7 +160,7 @@ def _coefficients(betas: Tensor, variance: Tensor) -> dict[str, Tensor]:
         "log_reverse_std": 0.5 * torch.cat([zero, variance]).log(),
         "posterior_x0": (0.5 * torch.cat([zero, log_alpha_bar[:-1]])).exp() * betas_t / safe_noise,
         "posterior_xt": (1 - betas_t).sqrt() * previous_noise / safe_noise,
-        "x0_weight": 0.5 * snr_drop,
-        "epsilon_weight": torch.where(later, 0.5 * snr_drop / snr, 0.0),
-        "v_weight": 0.5 * noise * snr_drop,
+        "x0_weight": torch.where(later, 0.5 * growth * snr, 0.0),
+        "epsilon_weight": 0.5 * growth,
+        "v_weight": 0.5 * growth * log_alpha_bar.exp(),
     }

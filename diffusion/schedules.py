@@ -64,22 +64,22 @@ def scaled_linear(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.
 
 def cosine(num_steps: int, s: float = 0.008) -> Tensor:
     """ᾱ(u) = cos²((u + s)/(1 + s) · π/2), normalised by ᾱ(0), u = t/T; β_t ≤ 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
-    return _from_alpha_bar("cosine", num_steps, lambda u: torch.cos((u + s) / (1 + s) * math.pi / 2).square())
+    check_num_steps(num_steps)
+    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2).square()
+    return check_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=BETA_MAX), "cosine", "choose another s")
 
 
 def sigmoid(num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Tensor:
     """ᾱ(u) = (σ(end/τ) - σ((u (end - start) + start)/τ)) / (σ(end/τ) - σ(start/τ)), σ logistic (Jabri et al. 2022)."""
     if not tau > 0 or not end > start:
         raise ValueError(f"schedule=sigmoid needs start < end and tau > 0, got start={start!r}, end={end!r}, tau={tau!r}")
-    return _from_alpha_bar(
-        "sigmoid", num_steps, lambda u: math.tanh(0.5 * end / tau) - torch.tanh(0.5 * (u * (end - start) + start) / tau)
-    )  # σ(a) - σ(b) = (tanh(a/2) - tanh(b/2)) / 2; the constants cancel in the ratio
-
-
-def _from_alpha_bar(name: str, num_steps: int, alpha_bar) -> Tensor:
     check_num_steps(num_steps)
-    values = alpha_bar(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64))
-    return check_betas((1 - values[1:] / values[:-1]).clamp(max=BETA_MAX), name, "choose other values for its settings")
+    at = torch.linspace(start, end, num_steps + 1, dtype=torch.float64) / tau
+    # σ(b) - σ(a) = σ(b) σ(-a) (1 - e^{a-b}), so β_t = (σ(b_t) - σ(b_{t-1})) / (σ(end/τ) - σ(b_{t-1})) without a cancellation
+    gate = F.logsigmoid(at)
+    betas = torch.exp(gate[1:] - gate[-1]) * torch.expm1(-torch.diff(at)) / torch.expm1(at[:-1] - at[-1])
+    return check_betas(betas.clamp(max=BETA_MAX), "sigmoid", "choose other values for its settings")
 
 
 def log_snr_linear(num_steps: int, log_snr_max: float = 6.5, log_snr_min: float = -9.0) -> Tensor:

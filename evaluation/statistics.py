@@ -40,16 +40,22 @@ def figure(values: Tensor, groups: Tensor) -> Figure:
     Args:
         values: (N, R) float64: R independent estimates for each of N images.
         groups: (N,): images of one group may share randomness, groups do not. The noise of a group's sum is read off its
-            replicates, so errors that images share or cancel within a group are counted as they are.
+            replicates, so errors that images share or cancel within a group are counted as they are, and neither is taken for
+            a difference between images.
     """
     num, replicates = values.shape
     per_image = values.mean(1)
-    se = (per_image.var() / num).sqrt().item() if num > 1 else math.nan
-    noise = math.nan
-    if replicates > 1:
-        _, index = groups.unique(return_inverse=True)
-        sums = torch.zeros(int(index.max()) + 1, replicates, dtype=values.dtype).index_add_(0, index, values)
-        noise = (sums.var(1).sum() / replicates).sqrt().item() / num
-    known = replicates > 1 and num > 1
-    images = math.sqrt(max(0.0, se**2 - noise**2)) if known else se
-    return Figure(per_image.mean().item(), se, images, noise, num)
+    if replicates == 1:  # what is noise and what is images cannot be told apart
+        se = (per_image.var() / num).sqrt().item() if num > 1 else math.nan
+        return Figure(per_image.mean().item(), se, se, math.nan, num)
+    _, index = groups.unique(return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, replicates, dtype=values.dtype).index_add_(0, index, values)
+    of_mean = sums.var(1).sum().item() / replicates / num**2
+    images = math.nan
+    if num > 1:
+        # Images' means spread by their noise, too: by each one's own, less what all share. Where a group's noise cancels, the
+        # mean is far more exact than that spread says.
+        of_images = values.var(1).sum().item() / replicates
+        noise_spread = (of_images - num * of_mean) / (num - 1)
+        images = math.sqrt(max(0.0, per_image.var().item() - noise_spread) / num)
+    return Figure(per_image.mean().item(), math.hypot(images, math.sqrt(of_mean)), images, math.sqrt(of_mean), num)

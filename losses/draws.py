@@ -124,7 +124,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Zeroes every entry of ``x`` (B, *) with probability p in [0, 1) and scales the others by 1/(1 - p).
 
     Four entries of the mask come from one 64-bit number, several times as fast as ``bernoulli_`` on a CPU. So the probability
-    is p rounded to a multiple of 2^-16, and the mean is ``x`` to a part in 10^5.
+    is p rounded to a multiple of 2^-16, and the scale is that one's, so the mean is ``x``.
     """
     dropped = min(round(p * 2**16), 2**16 - 1)
 
@@ -136,7 +136,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return bits.view(torch.int16)[:num].view(shape)
 
     kept = _own_rows(keep, tuple(x.shape)) >= dropped - 2**15
-    return x * kept.to(x.dtype).mul_(1 / (1 - p))  # a float mask multiplies fastest
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))  # a float mask multiplies fastest
 
 
 def stratified(batch: int, device: torch.device) -> Tensor:

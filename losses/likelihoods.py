@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.elementary import log1mexp, log_normal_cdf
-from losses.gaussian import DiagGaussian, full_precision, sum_except_batch
+from losses.gaussian import HALF_LOG_2PI, DiagGaussian, full_precision, sum_except_batch
 
 
 def to_unit(x: Tensor, levels: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,8 +159,8 @@ class _Discretized:
     def __post_init__(self) -> None:
         check_levels(self.levels)
 
-    def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """ln(F(upper) - F(lower)) for standardised edges."""
+    def _log_mass(self, lower: Tensor, upper: Tensor, width: Tensor) -> Tensor:
+        """ln(F(upper) - F(lower)) for standardised edges ``width`` apart, which their difference holds rounded only."""
         raise NotImplementedError
 
     def _log_cdf(self, z: Tensor) -> Tensor:
@@ -185,7 +185,8 @@ class _Discretized:
         upper = ((centre + 1) / (self.levels - 1) - mean) * inverse_scale
         lowest, highest = x == 0, x == self.levels - 1
         open_ended = torch.where(lowest, self._log_cdf(upper), self._log_cdf(-lower))  # F(-z) = 1 - F(z): both are symmetric
-        return torch.where(lowest | highest, open_ended, self._log_mass(lower, upper))
+        width = 2 / (self.levels - 1) * inverse_scale
+        return torch.where(lowest | highest, open_ended, self._log_mass(lower, upper, width))
 
     def mean(self, params: Tensor) -> Tensor:
         """Returns the level nearest to the mean parameter: uint8 (B, C, H, W)."""
@@ -206,11 +207,18 @@ class DiscretizedGaussian(_Discretized):
     def _log_cdf(self, z: Tensor) -> Tensor:
         return log_normal_cdf(z)
 
-    def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
-        flip = lower + upper > 0  # in the upper tail both cdfs round to 1: mirror the bin into the lower tail
+    def _log_mass(self, lower: Tensor, upper: Tensor, width: Tensor) -> Tensor:
+        middle = 0.5 * (lower + upper)
+        flat = (1 + middle.abs()) * width < (1920 * torch.finfo(width.dtype).eps) ** 0.25
+        flip = middle > 0  # in the upper tail both cdfs round to 1: mirror the bin into the lower tail
         log_upper = self._log_cdf(torch.where(flip, -lower, upper))
-        log_lower = self._log_cdf(torch.where(flip, -upper, lower))
-        return log_upper + log1mexp(log_lower - log_upper)
+        # not where the density is flat: there the cdfs round to one number, which has no gradient
+        log_lower = torch.where(flat, log_upper - 1, self._log_cdf(torch.where(flip, -upper, lower)))
+        # F(m + w/2) - F(m - w/2) = w φ(m) (1 + (m² - 1) w²/24 + (m⁴ - 6 m² + 3) w⁴/1920 + ...)
+        square, width = torch.where(flat, middle, 0.0).square(), torch.where(flat, width, 1.0)
+        width = width.clamp(min=torch.finfo(width.dtype).tiny)
+        narrow = width.log() - 0.5 * square - HALF_LOG_2PI + (square - 1) * width.square() / 24
+        return torch.where(flat, narrow, log_upper + log1mexp(log_lower - log_upper))
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.randn_like(like)
@@ -222,9 +230,9 @@ class DiscretizedLogistic(_Discretized):
     def _log_cdf(self, z: Tensor) -> Tensor:
         return F.logsigmoid(z)
 
-    def _log_mass(self, lower: Tensor, upper: Tensor) -> Tensor:
+    def _log_mass(self, lower: Tensor, upper: Tensor, width: Tensor) -> Tensor:
         # F(b) - F(a) = F(b) F(-a) (1 - e^{a-b}) for the logistic function: no cancellation anywhere
-        return F.logsigmoid(upper) + F.logsigmoid(-lower) + log1mexp(lower - upper)
+        return F.logsigmoid(upper) + F.logsigmoid(-lower) + log1mexp(-width)
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.logit(torch.rand_like(like).clamp(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps))

@@ -42,6 +42,15 @@ def test_step_kl_is_the_kl_and_the_weighted_errors(name, num_steps):
     torch.testing.assert_close(value, process.v_weight[t] * v_error.square().flatten(1).sum(1), rtol=1e-6, atol=0)
 
 
+def test_weights_are_finite_where_nothing_of_the_signal_is_left():
+    process = GaussianDiffusion(diffusion.constant(1000, beta=0.9))
+    assert process.alpha_bar[-1] == 0
+    for weight in (process.epsilon_weight, process.x0_weight, process.v_weight):
+        assert weight.isfinite().all()
+        assert (weight >= 0).all()
+    assert process.epsilon_weight[1000].item() == pytest.approx(0.9 / (2 * 0.1))  # β_t/(2 α_t (1 - ᾱ_{t-1}))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_posterior_is_bayes_rule(name):
     process = GaussianDiffusion(betas_of(name, 50))

@@ -1,5 +1,6 @@
 import math
 
+import mpmath
 import pytest
 import torch
 
@@ -56,6 +57,20 @@ def test_closed_forms():
     assert diffusion.linear(1000)[[0, -1]].tolist() == pytest.approx([1e-4, 0.02])
     assert diffusion.linear(100)[[0, -1]].tolist() == pytest.approx([1e-3, 0.2])
     assert diffusion.linear(100, rescale=False)[-1].item() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.1, 1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [10, 1000, 4000])
+def test_sigmoid_keeps_its_digits_where_hardly_anything_changes(num_steps, tau):
+    betas = diffusion.sigmoid(num_steps, tau=tau)
+    with mpmath.workdps(80):
+
+        def gate(t):
+            return 1 / (1 + mpmath.exp(-(6 * mpmath.mpf(t) / num_steps - 3) / mpmath.mpf(tau)))
+
+        for t in (1, 2, num_steps // 2, num_steps - 1):
+            expected = (gate(t) - gate(t - 1)) / (gate(num_steps) - gate(t - 1))
+            assert betas[t - 1].item() == pytest.approx(min(0.999, float(expected)), rel=1e-11)
 
 
 @pytest.mark.parametrize("name", NAMES)

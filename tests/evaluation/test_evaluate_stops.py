@@ -134,7 +134,7 @@ def test_an_interrupted_evaluation_is_that_of_the_images_so_far(runs, tmp_path, 
     assert list(kept["results"]) == ["ema"]
     assert kept["results"]["ema"]["num_images"] == 40
     assert figure == pytest.approx(expected, rel=1e-9)
-    assert kept["bpd_se"] == pytest.approx(own["bpd_se"])
+    assert kept["bpd_se"] == pytest.approx(own["bpd_se"], rel=5e-3)  # other images shared their groups
     assert "interrupted: 40 images" in " ".join(capsys.readouterr().out.split())
     stop_after(0, monkeypatch, VAELightningModule, "elbo")
     with pytest.raises(SettingError, match="interrupted"):

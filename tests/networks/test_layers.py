@@ -48,9 +48,21 @@ def test_dropout_keeps_the_expectation_and_gradient_follows_the_mask():
     x = torch.ones(200, 1000, requires_grad=True)
     out = Dropout(0.2)(x)
     assert out.mean().item() == pytest.approx(1, abs=5 * math.sqrt(0.2 / 0.8 / out.numel()))
-    assert set(out.unique().tolist()) == {0.0, 1.25}
+    assert out.unique().tolist() == pytest.approx([0.0, 1.25], rel=1e-5)
     out.sum().backward()
     assert torch.equal(x.grad, out)
+
+
+@pytest.mark.parametrize("p", [0.4, 0.999, 0.9999, 1 - 1e-7])
+def test_dropout_scales_by_the_probability_that_it_has(p):
+    x = torch.ones(4000, 1000)
+    torch.manual_seed(0)
+    out = Dropout(p)(x)
+    scale = out.max().item()
+    kept = 2**16 / scale  # of 2^16 values of the mask
+    assert kept == pytest.approx(round(kept), rel=1e-6)
+    assert kept == pytest.approx(max(1, 2**16 * (1 - p)), abs=0.5)
+    assert out.mean().item() == pytest.approx(1, abs=5 * math.sqrt((scale - 1) / out.numel()))
 
 
 def test_dropout_is_the_identity_in_evaluation_and_at_zero():
