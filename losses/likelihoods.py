@@ -184,7 +184,7 @@ class _Discretized:
         lower = ((centre - 1) / (self.levels - 1) - mean) * inverse_scale
         upper = ((centre + 1) / (self.levels - 1) - mean) * inverse_scale
         lowest, highest = x == 0, x == self.levels - 1
-        open_ended = torch.where(lowest, self._log_cdf(upper), self._log_cdf(-lower))  # F(-z) = 1 - F(z): both are symmetric
+        open_ended = self._log_cdf(torch.where(lowest, upper, -lower))  # F(-z) = 1 - F(z): both are symmetric
         width = 2 / (self.levels - 1) * inverse_scale
         return torch.where(lowest | highest, open_ended, self._log_mass(lower, upper, width))
 
