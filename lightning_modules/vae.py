@@ -2,6 +2,7 @@ r"""VAE: ELBO(x) = E_q ln p_θ(x|z) - KL(q_φ(z|x) ‖ N(0, I)) (Kingma & Wellin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,10 @@ def check_likelihood(likelihood: Likelihood, levels: int | None) -> None:
 
 def check_beta(beta: float) -> None:
     """Refuses negative KL weights."""
-    if not beta >= 0:
-        raise ValueError(f"model.beta={beta} must be at least 0: it weighs the KL terms of the loss (1 is the bound itself)")
+    if not 0 <= beta < math.inf:
+        raise ValueError(
+            f"model.beta={beta} must be a number of at least 0: it weighs the KL terms of the loss (1 is the bound itself)"
+        )
 
 
 class VAELightningModule(LikelihoodModule):

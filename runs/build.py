@@ -11,6 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runs.kinds import wrong_kinds
+
 
 class SettingError(Exception):
     """A setting that cannot work. The message is one sentence: the setting, its value and what to do."""
@@ -29,10 +31,13 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
     """Instantiates a config node by its ``_target_``, nested ones first.
 
     Raises:
-        SettingError: with the sentence of the constructor that refused, without Hydra's frames around it.
+        SettingError: for a setting of another kind than its constructor says it takes; with the sentence of the constructor
+            that refused, without Hydra's frames around it.
     """
     if "_target_" not in cfg:
         raise SettingError(f"{cfg._get_full_key(None)} has no _target_: give what is to be built, as in package.Class")
+    if wrong := next(wrong_kinds(cfg), None):
+        raise SettingError(wrong)
     try:
         return instantiate(cfg, _convert_="all", **extra)
     except InstantiationException as error:
@@ -41,6 +46,8 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
         key = _key_of(error, cfg)
         if isinstance(cause, (ValueError, FileNotFoundError)):  # written to be read, most of them with the setting in it
             raise SettingError(sentence if "=" in sentence or not key else f"{key}: {sentence}") from None
+        if wrong := next(wrong_kinds(cfg, nulls=True), None):
+            raise SettingError(wrong) from None
         given = _plain_settings(cfg, key)
         raise SettingError(f"{key or 'the config'} cannot be built{given}: {sentence}") from error
 

@@ -1,0 +1,123 @@
+"""Whether settings are of the kind that those who are built from them say they take: numbers, switches, lists of integers.
+
+A word where a number belongs ends in a comparison's traceback, one where true or false belongs counts as true. What the
+signatures of classes and functions say is known before any of them is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from os import PathLike
+from typing import Any, Literal, Union
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+NONE = type(None)
+NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a word", NONE: "null"}
+NODE = "what is built by a _target_"
+PLURALS = {int: "integers", float: "numbers", str: "words"}
+
+
+def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
+    """Yields a sentence for each setting below ``node`` that its ``_target_`` cannot take, outer ones first.
+
+    Args:
+        node: a config with a ``_target_``, or with nodes that have one.
+        nulls: whether null where something belongs counts, and something where null does: constructors often say why.
+    """
+    hints = _hints(node)
+    for name in node:
+        try:
+            value = node[name]
+            suits = name not in hints or fits(value, hints[name])
+        except OmegaConfBaseException:  # missing, or refers to what is: said elsewhere
+            continue
+        if isinstance(value, DictConfig):
+            yield from wrong_kinds(value, nulls)
+        elif isinstance(value, ListConfig) and any(OmegaConf.is_config(part) for part in value):
+            for part in value:
+                if isinstance(part, DictConfig):
+                    yield from wrong_kinds(part, nulls)
+        elif not suits and (nulls or (value is not None and hints[name] is not NONE)):
+            yield f"{node._get_full_key(name)}={value}: give {kind(hints[name])}"
+
+
+def _hints(node: DictConfig) -> dict[str, Any]:
+    """Returns the annotations of what the node's target takes by name; none of one that is not there or says nothing."""
+    if not isinstance(node.get("_target_"), str):
+        return {}
+    hints: dict[str, Any] = {}
+    try:
+        for function in _functions(get_object(node["_target_"])):
+            parameters = inspect.signature(function).parameters.values()
+            told = typing.get_type_hints(function)
+            own = {one.name: told[one.name] for one in parameters if one.name in told}
+            own |= {one.name: own[one.name] | None for one in parameters if one.name in own and one.default is None}
+            hints = own | hints
+            if all(one.kind is not one.VAR_KEYWORD for one in parameters):
+                break
+    except Exception:  # whatever importing it or looking at it raises, building it says so
+        return {}
+    return hints
+
+
+def _functions(target: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Yields what is called, and those that it hands on to what it does not know: its class's parents, or what it returns."""
+    if not isinstance(target, type):
+        yield target
+        target = typing.get_type_hints(target).get("return")
+    for one in target.__mro__ if isinstance(target, type) else ():
+        if "__init__" in vars(one):
+            yield one.__init__
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a config is what an annotation asks for; where that is none of yaml's kinds, nodes build it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, NONE):
+        return isinstance(value, hint)
+    outer = origin or hint
+    if _is_sequence(outer):
+        if not isinstance(value, (ListConfig, list, tuple)):
+            return False
+        each = arguments if outer is tuple and ... not in arguments else arguments[:1] * len(value)
+        return not arguments or (len(value) == len(each) and all(map(fits, value, each)))
+    if not isinstance(outer, type) or outer in (Any, object) or issubclass(outer, (PathLike, Enum)):
+        return True
+    return not isinstance(value, (bool, int, float, str, NONE, ListConfig, list))
+
+
+def _is_sequence(hint: Any) -> bool:
+    """Whether a list is what is asked for, and not a class that can be walked as well, as tensors can."""
+    builtin = isinstance(hint, type) and hint.__module__ in ("builtins", "collections.abc")
+    return builtin and issubclass(hint, Iterable) and not issubclass(hint, Mapping)
+
+
+def kind(hint: Any) -> str:
+    """Returns in words what an annotation asks for."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        kinds = [kind(one) for one in arguments if not (one is int and float in arguments)]
+        return " or ".join(dict.fromkeys(one for one in kinds if one != NODE)) or NODE
+    if origin is Literal:
+        return " or ".join(str(one) for one in arguments)
+    if hint in NAMES:
+        return NAMES[hint]
+    if _is_sequence(origin or hint):
+        number = f"{len(arguments)} " if origin is tuple and ... not in arguments else ""
+        return f"a list of {number}{PLURALS.get(arguments[0], 'values')}" if arguments else "a list"
+    return NODE
