@@ -87,9 +87,10 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
     ):
         whole = False
     if not whole:
+        beside = [other for name in (BEST, LAST) if (other := path.with_name(Path(name).name)) != path and other.is_file()]
         raise SettingError(
             f"{setting}={path} is truncated, or was not written by this framework (no config in it, or more than tensors and "
-            "plain values): give another checkpoint"
+            f"plain values): give another checkpoint{f', as {setting}={beside[0]}' if beside else ''}"
         )
     if checkpoint.get("format") != FORMAT:
         raise SettingError(

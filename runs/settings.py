@@ -16,6 +16,7 @@ from datamodules import ImageDataModule
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
 from runs.build import SettingError
+from runs.kinds import wrong_kinds
 
 MANY_RANKS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")  # in the environment of those that something else starts
 
@@ -72,6 +73,8 @@ def check_settings(cfg: DictConfig) -> None:
     for name, instead in ELSEWHERE.items():
         if name in cfg.trainer:
             raise SettingError(f"trainer.{name}={cfg.trainer[name]}: leave it out and set {instead}")
+    if wrong := next(wrong_kinds(cfg), None):  # of the model, too, before data is read
+        raise SettingError(wrong)
     _check_types(cfg)
     _check_precision(cfg)
     _check_lengths(cfg)

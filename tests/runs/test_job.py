@@ -181,6 +181,13 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
     torch.save({"config": os.system}, broken)
     with pytest.raises(SettingError, match="truncated, or was not written"):
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(
+        SettingError, match=r"last\.ckpt is truncated.*: give another checkpoint, as ckpt=(\S+best\.ckpt)$"
+    ) as error:
+        run_here(tmp_path / "a", "model=vae", "logger=csv", "ckpt=auto")
+    run_here(tmp_path / "a", "model=vae", "logger=csv", "trainer.max_epochs=2", str(error.value).rpartition(" ")[2])
+    assert result(tmp_path / "a" / "run")["step"] == 22
 
 
 def test_a_refused_job_claims_nothing_and_may_be_tried_again_in_its_place(tmp_path):
