@@ -54,11 +54,28 @@ def ancestral(process: GaussianDiffusion) -> list[Move]:
     return [Move(t, t - 1, x0[t], xt[t], std[t]) for t in range(process.num_steps, 1, -1)]
 
 
+def check_moves(moves: list[Move], num_steps: int) -> None:
+    """Refuses what is no way from x_T down to x_1.
+
+    Raises:
+        ValueError: if a move is none, or does not begin where the one before it has ended.
+    """
+    if not isinstance(moves, (list, tuple)):
+        raise ValueError(f"model.sampler gives {type(moves).__name__}, not a list of diffusion.samplers.Move")
+    if others := [move for move in moves if not isinstance(move, Move)]:
+        raise ValueError(f"model.sampler gives a list with {type(others[0]).__name__} in it, not of diffusion.samplers.Move")
+    ends = [num_steps, *(move.s for move in moves)]
+    if [move.t for move in moves] != ends[:-1] or ends[-1] != 1:
+        way = ", ".join(f"{move.t} to {move.s}" for move in moves[:3]) or "nowhere"
+        raise ValueError(f"model.sampler goes from {way}{', ...' * (len(moves) > 3)}: moves must lead from T={num_steps} to 1")
+
+
 def ddim_move(process: GaussianDiffusion, t: int, s: int, eta: float) -> Move:
     """Returns DDIM's move from x_t to x_s, T ≥ t > s ≥ 0."""
     signal, before = process.alpha_bar[t].item(), process.alpha_bar[s].item()
     noise, noise_before = process.noise_std[t].item() ** 2, process.noise_std[s].item() ** 2  # 1 - ᾱ loses digits near 0
-    variance = eta**2 * noise_before / noise * (noise - noise_before) / before
+    drop = -torch.log1p(-process.betas[s + 1 : t + 1]).sum().expm1().item()  # 1 - ᾱ_t/ᾱ_s, also where both are 0
+    variance = eta**2 * noise_before / noise * drop
     xt = (max(0.0, noise_before - variance) / noise) ** 0.5
     return Move(t, s, before**0.5 - xt * signal**0.5, xt, variance**0.5)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion, Parameterization, ancestral, elbo, low_discrepancy, small
 from diffusion.control import Control
-from diffusion.samplers import Move
+from diffusion.samplers import Move, check_moves
 from diffusion.step_profile import StepProfile, draw_steps
 from diffusion.weightings import StepTerms
 from lightning_modules.base import LikelihoodModule, build
@@ -94,7 +94,7 @@ class DDPMLightningModule(LikelihoodModule):
         parameterization.check(self.process)
         self.parameterization, self.weighting, self.timestep_sampler = parameterization, weighting, timestep_sampler
         self.sampler = sampler
-        sampler(self.process)  # refuses what does not suit it
+        check_moves(sampler(self.process), num_steps)
         self.calls = {"val": val_calls, "test": test_calls}
         self.clip = self.levels is not None  # x̂_0 of pixels lies in [-1, 1]: in evaluation and sampling alike, not in training
         self.network = build(network, image_shape=self.image_shape, outputs_per_channel=parameterization.outputs_per_channel)

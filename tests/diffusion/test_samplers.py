@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusion import GaussianDiffusion, ancestral, cosine, ddim, large, linear, log_snr_linear, sigmoid, small
-from diffusion.samplers import ddim_move
+from diffusion import GaussianDiffusion, ancestral, constant, cosine, ddim, large, linear, log_snr_linear, sigmoid, small
+from diffusion.samplers import Move, check_moves, ddim_move
 
 SCHEDULES = pytest.mark.parametrize("betas", [linear(1000), linear(50), cosine(37), sigmoid(4), torch.tensor([0.3])])
 
@@ -56,6 +56,33 @@ def test_ddim_with_all_its_noise_is_the_ancestral_chain(betas):
     for ours, chain in zip(ddim(process, len(betas) + 1, eta=1.0), ancestral(process), strict=True):
         assert (ours.t, ours.s) == (chain.t, chain.s)
         assert (ours.x0, ours.xt, ours.std) == pytest.approx((chain.x0, chain.xt, chain.std), rel=1e-6, abs=1e-12)
+
+
+def test_ddim_has_its_noise_where_nothing_of_the_signal_is_left():
+    process = GaussianDiffusion(constant(1000, beta=0.9))
+    assert process.alpha_bar[600] == 0
+    move = ddim_move(process, 701, 700, eta=1.0)
+    assert (move.x0, move.xt, move.std) == pytest.approx((0, 0.1**0.5, 0.9**0.5))
+    assert ddim_move(process, 800, 400, eta=0.5).std == pytest.approx(0.5)
+
+
+@SCHEDULES
+def test_samplers_lead_from_the_last_step_to_the_first(betas):
+    process = GaussianDiffusion(betas)
+    for moves in (ancestral(process), ddim(process), ddim(process, 7, eta=0.5)):
+        check_moves(moves, len(betas))
+
+
+@pytest.mark.parametrize("steps", [[], [(9, 5), (5, 1)], [(10, 5), (4, 1)], [(10, 5), (5, 2)], [(5, 1), (10, 5)]])
+def test_other_ways_are_refused(steps):
+    with pytest.raises(ValueError, match=r"^model\.sampler goes from [^\n]*: moves must lead from T=10 to 1$"):
+        check_moves([Move(t, s, 1.0, 0.0, 0.0) for t, s in steps], 10)
+
+
+@pytest.mark.parametrize("moves", [None, 3, [(10, 1)], [None]])
+def test_what_is_no_list_of_moves_is_refused(moves):
+    with pytest.raises(ValueError, match=r"^model\.sampler gives [^\n]*diffusion\.samplers\.Move$"):
+        check_moves(moves, 10)
 
 
 @SCHEDULES
