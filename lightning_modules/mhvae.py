@@ -76,7 +76,7 @@ class MHVAELightningModule(LikelihoodModule):
     def elbo(self, x: Tensor) -> Elbo:
         """Returns the bound with one draw of the chain."""
         levels = self.levels_of(x)
-        kls = self.posterior.kls(levels)
+        kls = [level.kl() for level in levels]
         matching = torch.stack(kls[:-1]).sum(0) if self.depth > 1 else torch.zeros_like(kls[-1])
         return Elbo(self.likelihood.log_prob(self.decoder(levels[0].z), x), kls[-1], matching)
 
@@ -104,7 +104,7 @@ class MHVAELightningModule(LikelihoodModule):
 
     def level_kls(self, x: Tensor) -> Tensor:
         """See :meth:`LikelihoodModule.level_kls`: (T, B)."""
-        return torch.stack(self.posterior.kls(self.levels_of(x)))
+        return torch.stack([level.kl() for level in self.levels_of(x)])
 
     def protocol(self) -> dict[str, Any]:
         """See :meth:`LikelihoodModule.protocol`."""

@@ -1,7 +1,7 @@
 r"""The two factorisations of q(z_{1:T} | x), each with the KLs that it makes the ELBO pay.
 
-Both walk the chain once and return its levels z_1, ..., z_T; ``kls`` gives [KL of z_1, ..., KL of z_T], (B,) nats each: the
-last is the prior term, the others are the matching terms. With T = 1 both are a VAE's posterior.
+Both walk the chain once and return its levels z_1, ..., z_T: the KL of z_T is the prior term, those of the others are the
+matching terms. With T = 1 both are a VAE's posterior.
 """
 
 from __future__ import annotations
@@ -14,17 +14,35 @@ from torch import Tensor, nn
 
 from lightning_modules.base import build
 from losses import DiagGaussian, kl, log_ratio
+from losses.gaussian import kl_per_dim
 
 Factory = Callable[..., nn.Module]
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One latent of a drawn chain: z ~ q given what q is given, and p given what p is given. (B, latent_dim) each."""
+    """One latent of a drawn chain: z ~ q given what q is given, and p given what p is given. (B, latent_dim) each.
+
+    Attributes:
+        q, p, z: as above.
+        closes: whether p was given nothing that depends on z, so that KL(q ‖ p) is what the bound pays. Else it pays ln q(z) -
+            ln p(z) at the draw.
+    """
 
     q: DiagGaussian
     p: DiagGaussian
     z: Tensor
+    closes: bool = True
+
+    def kl(self) -> Tensor:
+        """Returns what the bound pays for this level: (B,), nats."""
+        return kl(self.q, self.p) if self.closes else self.log_ratio()
+
+    def kl_of_units(self) -> Tensor:
+        """Returns the same of each unit: (B, latent_dim), nats."""
+        if self.closes:
+            return kl_per_dim(self.q, self.p)
+        return self.q.log_prob_per_dim(self.z) - self.p.log_prob_per_dim(self.z)
 
     def log_ratio(self) -> Tensor:
         """Returns ln q(z) - ln p(z): (B,), nats."""
@@ -68,11 +86,8 @@ class MarkovPosterior(nn.Module):
             latents.append(posteriors[-1].sample())
         priors = [p(above) for above, p in zip(latents[1:], generative, strict=True)]
         priors.append(DiagGaussian.standard(latents[-1]))
-        return [Level(*parts) for parts in zip(posteriors, priors, latents, strict=True)]
-
-    def kls(self, levels: Sequence[Level]) -> list[Tensor]:
-        """Returns the log ratio of every level but the last, whose KL closes."""
-        return [*(level.log_ratio() for level in levels[:-1]), kl(levels[-1].q, levels[-1].p)]
+        closes = [*(False for _ in self.transitions), True]
+        return [Level(*parts) for parts in zip(posteriors, priors, latents, closes, strict=True)]
 
 
 class TopDownPosterior(nn.Module):
@@ -108,10 +123,6 @@ class TopDownPosterior(nn.Module):
             q = product(below, p)
             levels.append(Level(q, p, q.sample()))
         return levels[::-1]
-
-    def kls(self, levels: Sequence[Level]) -> list[Tensor]:
-        """Returns the KL of every level in closed form."""
-        return [kl(level.q, level.p) for level in levels]
 
 
 def product(a: DiagGaussian, b: DiagGaussian) -> DiagGaussian:

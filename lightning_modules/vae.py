@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import LikelihoodModule, build
 from lightning_modules.posteriors import Level, log_weight
-from losses import DiagGaussian, Elbo, Likelihood, kl
+from losses import DiagGaussian, Elbo, Likelihood
 
 
 def check_likelihood(likelihood: Likelihood, levels: int | None) -> None:
@@ -76,7 +76,7 @@ class VAELightningModule(LikelihoodModule):
     def elbo(self, x: Tensor) -> Elbo:
         """Returns the bound with one draw z ~ q(z|x)."""
         (level,) = self.levels_of(x)
-        prior = kl(level.q, level.p)
+        prior = level.kl()
         return Elbo(self.likelihood.log_prob(self.decoder(level.z), x), prior, torch.zeros_like(prior))
 
     def log_weight(self, x: Tensor) -> Tensor:

@@ -66,10 +66,7 @@ def test_each_unit_has_its_kl_and_activity():
     model = vae([lambda x, a=a: a * x for a in spread], stds)
     (level,), _ = measured(model, x)
     expected = [kl(a, std) for a, std in zip(spread, stds, strict=True)]  # E x² = 1
-    # ln q - ln p at one draw has variance ½(1 - σ²)² + σ²μ²
-    for value, mean, std, want in zip(level.kl.tolist(), spread, stds, expected, strict=True):
-        error = math.sqrt((0.5 * (1 - std**2) ** 2 + std**2 * mean**2) / (8 * num))
-        assert value == pytest.approx(want, abs=4 * error + 5e-3 * want + 1e-12)
+    assert level.kl.tolist() == pytest.approx(expected, rel=5e-3)  # as far as the grid's E x² is not 1
     assert level.kl[3].item() == 0
     assert level.mean_variance.tolist() == pytest.approx([a**2 for a in spread], rel=0.01, abs=1e-12)
     assert level.active == 2
@@ -87,7 +84,8 @@ def test_batches_change_nothing_and_seeds_do():
     torch.testing.assert_close(whole.kl, pieces.kl, rtol=0, atol=1e-10)
     torch.testing.assert_close(whole.aggregate_variance, pieces.aggregate_variance, rtol=0, atol=1e-10)
     assert again == pytest.approx(aggregate, abs=1e-10)
-    assert (other.kl != whole.kl).all()
+    torch.testing.assert_close(other.kl, whole.kl)  # no draw is in it
+    assert (other.aggregate_mean != whole.aggregate_mean).all()
 
 
 @pytest.mark.parametrize("num", [2, 50, 300])
@@ -120,7 +118,7 @@ def test_the_two_parts_sum_to_the_mean_kl_over_all_units():
     x = torch.randn(num)
     model = vae([lambda x: 2 * x, torch.sin, nothing], [0.4, 0.7, 1.3])
     (level,), aggregate = measured(model, x)
-    assert sum(aggregate.values()) == pytest.approx(level.kl.sum().item(), abs=4 * 3 / math.sqrt(num))
+    assert sum(aggregate.values()) == pytest.approx(level.kl.sum().item(), rel=1e-12)
     assert 0 < aggregate["mutual_information"] < math.log(num)
     assert aggregate["marginal_kl"] > 0.1  # a mean of variance 4 and a std of 1.3 are not the prior's
 
@@ -160,3 +158,12 @@ def test_a_hierarchys_kls_are_the_bounds():
         assert level.kl.sum().item() == pytest.approx(
             expected.mean().item(), abs=4 * 2 * expected.std().item() / math.sqrt(3000)
         )
+
+
+@pytest.mark.parametrize("std", [0.3, 0.8])
+def test_the_split_has_little_noise_where_the_aggregate_is_near_the_prior(std):
+    """Either part alone, from draws, would vary by those of ln q(z|x) - ln p(z)."""
+    x = torch.tensor(norm.ppf((torch.arange(200) + 0.5) / 200)).double() * math.sqrt(1 - std**2)
+    found = torch.tensor([measured(vae([lambda x: x], [std]), x, 2, seed)[1]["mutual_information"] for seed in range(40)])
+    plain = math.sqrt((0.5 * (1 - std**2) ** 2 + std**2 * (1 - std**2)) / 200)  # variance of ln q - ln p at one draw
+    assert found.std().item() < 0.3 * plain
