@@ -17,6 +17,8 @@ from losses.elbo import nats_to_bits_per_dim
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 PROFILE_IMAGES = 64
 
@@ -132,6 +134,14 @@ def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = N
     return figure
 
 
+def label_decades(axis: Axis) -> None:
+    """Labels a logarithmic axis by 1, 2 and 5 where it spans few decades, by powers of ten where it spans many."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_profile(values: np.ndarray, unit: str, caption: str) -> plt.Figure:
     """Returns a figure of the KL of each latent: bars for a few, a curve with its sum from the top for many."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -145,11 +155,12 @@ def draw_profile(values: np.ndarray, unit: str, caption: str) -> plt.Figure:
     else:
         axis.plot(t, np.clip(values, 1e-9, None), color="#3b6fb6", label="KL of one step (left, log scale)")
         axis.set_yscale("log")
+        label_decades(axis.yaxis)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         total = axis.twinx()
         total.plot(t, values[::-1].cumsum()[::-1], color="#c2541b", label="sum of all steps from here up (right)")
         total.set(ylabel=unit, ylim=(0, None))
-        lines = [*axis.get_lines(), *total.get_lines()]
-        axis.legend(lines, [line.get_label() for line in lines], fontsize=8, loc="upper right")
+        figure.legend(fontsize=8, ncols=2, loc="outside upper center")  # on a curve it would hide some of it
     axis.set(xlabel="t: the latent z_t (x_t in DDPM); the last is the prior term", ylabel=unit)
     axis.set_title(caption, fontsize=8)
     return figure

@@ -56,9 +56,9 @@ class Run:
         return self.settings.get("seed")
 
     def metric(self, name: str) -> float | None:
-        """Returns a test metric, or the best validation figure for ``val/bpd``."""
+        """Returns a test metric, or the best validation figure for ``val/bpd``, which continuous data has in nats only."""
         if name == "val/bpd":
-            return self.result.get("objective")
+            return None if self.settings.get("data.levels", 256) is None else self.result.get("objective")
         return self.result.get("metrics", {}).get(name)
 
     @property
@@ -104,7 +104,7 @@ def collect(patterns: Sequence[str]) -> tuple[list[Run], list[str]]:
             skipped.append(f"{path}: {' '.join(str(error).split())[:120] or type(error).__name__}")
     if not runs:
         detail = f" ({'; '.join(skipped[:3])})" if skipped else ""
-        raise SettingError(f"runs={','.join(map(str, patterns))} holds no run directory with a readable {CONFIG}{detail}")
+        raise SettingError(f"runs={','.join(map(str, patterns))} holds no run that can be read: one has a {CONFIG}{detail}")
     return runs, skipped
 
 

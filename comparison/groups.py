@@ -151,7 +151,8 @@ def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Gr
     measured = [run for run in runs if isinstance(run.metric(metric), (int, float)) and math.isfinite(run.metric(metric))]
     if not measured:
         known = sorted({name for run in runs for name in run.result.get("metrics", {})})
-        raise SettingError(f"metric={metric} is in none of these runs: choose among {', '.join(['val/bpd', *known])}")
+        known = [name for name in ("val/bpd", *known) if any(run.metric(name) is not None for run in runs)]
+        raise SettingError(f"metric={metric} is in none of these runs: choose among {', '.join(known) or 'none'}")
     sign = -1 if higher_is_better(metric) else 1
     members: dict[str, list[Run]] = {}
     for run in measured:

@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> None:
     pooled = pooled_settings(groups)
     if pooled:
         left_out.append(f"not in by=, so means are over runs that differ in it: {', '.join(pooled)}")
-    out = _new_directory(Path(cfg.out))
+    out = _new_directory(Path(str(cfg.out)))
     console = Console()
     console = console if console.is_terminal else Console(width=160)  # a file has no edge
     console.print(terminal(groups, cfg.metric, console.width))

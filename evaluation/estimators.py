@@ -93,7 +93,7 @@ class Full(Estimator):
 
 
 def _check_calls(name: str, calls: int | None) -> None:
-    if calls is not None and (isinstance(calls, bool) or not isinstance(calls, int) or calls < 2):
+    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 2:
         raise ValueError(
             f"evaluation.calls={calls!r} with evaluation={name} must be an integer of at least 2: one for t = 1, the rest above"
         )
@@ -111,7 +111,7 @@ class Stratified(Estimator):
     name = "stratified"
 
     def __post_init__(self) -> None:
-        _check_calls(self.name, 0 if self.calls is None else self.calls)
+        _check_calls(self.name, self.calls)
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""
@@ -138,7 +138,8 @@ class Importance(Estimator):
     name = "importance"
 
     def __post_init__(self) -> None:
-        _check_calls(self.name, self.calls)
+        if self.calls is not None:
+            _check_calls(self.name, self.calls)
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""

@@ -105,6 +105,9 @@ def check_settings(cfg: DictConfig) -> None:
         raise SettingError(
             "run= is missing: give a run directory or a checkpoint file, as in run=outputs/2026-01-31/12-00-00-ddpm-digits"
         )
+    for group in ("evaluation", "fabric"):
+        if not isinstance(cfg.get(group), DictConfig):
+            raise SettingError(f"{group}={cfg.get(group)}: leave it alone, or change a setting in it, as in {group}.NAME=VALUE")
     if cfg.split not in ("train", "val", "test"):
         raise SettingError(f"split={cfg.split} is unknown: choose train, val or test")
     if isinstance(cfg.precision, bool) or not isinstance(cfg.precision, (int, float)) or not cfg.precision > 0:

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from torch import Tensor
 
-from callbacks.pictures import grid
+from callbacks.pictures import grid, label_decades
 from evaluation.balance import ACTIVE, LevelBalance
 from evaluation.profile import StepMoments, rate_and_distortion
 from losses.elbo import nats_to_bits_per_dim
@@ -27,14 +27,16 @@ def draw_steps(moments: StepMoments, num_dims: int, unit: str) -> plt.Figure:
     kls = moments.means.numpy() * scale
     t = np.arange(2, len(kls) + 2)
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    (single,) = axis.loglog(t, np.clip(kls, 1e-12, None), color=BLUE)
+    axis.loglog(t, np.clip(kls, 1e-12, None), color=BLUE, label="KL of one step (left)", marker="." if len(t) < 20 else None)
     axis.set(xlabel="step t", ylabel=f"KL of one step ({unit})")
+    label_decades(axis.xaxis)
+    if len(t) < 10:
+        axis.set_xticks(t)
+    label_decades(axis.yaxis)
     total = axis.twinx()
-    (cumulated,) = total.plot(t, kls[::-1].cumsum()[::-1] + moments.prior * scale, color=ORANGE)
+    total.plot(t, kls[::-1].cumsum()[::-1] + moments.prior * scale, color=ORANGE, label="cumulated from t = T down (right)")
     total.set(ylabel=f"prior and all steps from T down to t ({unit})", ylim=(0, None))
-    axis.legend(
-        [single, cumulated], ["KL of one step (left)", "cumulated from t = T down (right)"], fontsize=8, loc="center right"
-    )
+    figure.legend(fontsize=8, ncols=2, loc="outside upper center")  # on a curve it would hide some of it
     axis.set_title(f"KL of each step, measured at {moments.num_steps} steps on {moments.num_images} images", fontsize=9)
     return figure
 
@@ -62,17 +64,21 @@ def draw_rate_distortion(moments: StepMoments, num_dims: int, levels: int) -> pl
 
 def draw_units(levels: Sequence[LevelBalance]) -> plt.Figure:
     """Returns a figure of the KL of each latent unit, sorted, one panel a level; units that are not active are grey."""
-    figure, axes = plt.subplots(
-        1, len(levels), figsize=(max(5.0, 3.6 * len(levels)), 3.4), layout="constrained", squeeze=False, sharey=True
-    )
-    for number, (axis, level) in enumerate(zip(axes[0], levels, strict=True), start=1):
+    columns = min(len(levels), 4)
+    rows = math.ceil(len(levels) / columns)
+    size = (max(5.0, 3.6 * columns), 0.4 + 3.0 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axis in axes.flat[len(levels) :]:
+        axis.set_axis_off()
+    for number, (axis, level) in enumerate(zip(axes.flat, levels, strict=False), start=1):
         order = level.kl.argsort(descending=True)
         colours = [BLUE if active else "0.75" for active in (level.mean_variance[order] > ACTIVE).tolist()]
         axis.bar(np.arange(1, len(order) + 1), level.kl[order].numpy(), color=colours)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel=f"unit of z_{number}, sorted")
         axis.set_title(f"z_{number}: {level.active} of {len(order)} units active, {level.kl.sum():.2f} nats", fontsize=9)
-    axes[0][0].set_ylabel("KL (nats)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("KL (nats)")
     figure.suptitle("KL of each latent unit; grey: not active", fontsize=9)
     return figure
 

@@ -23,9 +23,9 @@ def check_likelihood(likelihood: Likelihood, levels: int | None) -> None:
     if likelihood.levels != levels:
         name = type(likelihood).__name__
         raise ValueError(
-            f"likelihood={name} is for {likelihood.levels} levels, but the data is continuous: choose model/likelihood=gaussian"
+            f"{name} is for {likelihood.levels} levels, but the data is continuous: choose model/likelihood=gaussian"
             if levels is None
-            else f"likelihood={name} is for {likelihood.levels or 'continuous data, not'} levels, but the data has {levels}"
+            else f"{name} is for {likelihood.levels or 'continuous data, not'} levels, but the data has {levels}"
         )
 
 

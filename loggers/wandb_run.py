@@ -116,6 +116,9 @@ def wandb_logger(
         config: the run's resolved config, sent at the start.
         headline: metrics whose best value is the summary.
         id_file: holds the run's id, so that a run that goes on goes on in W&B too; written if it is not there.
+
+    Raises:
+        ValueError: if W&B refuses what it is given, and no server is to blame.
     """
     mode, why = choose_mode(mode)
     os.makedirs(save_dir, exist_ok=True)
@@ -127,7 +130,7 @@ def wandb_logger(
         logger = _start(mode, **common)
     except Exception as error:
         if mode not in ("online", "shared"):
-            raise
+            raise ValueError(f"W&B starts no {mode} run: {_brief(error)}") from error
         _forget_server()  # whatever wandb raises: a logger ends no run
         mode, why = "offline", f"{why}, but {_server().netloc} started no run: {_brief(error)}"
         logger = _start(mode, **common)

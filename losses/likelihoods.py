@@ -60,7 +60,9 @@ def check_levels(levels: int) -> None:
         ValueError: if ``levels`` is not an integer in 2..256.
     """
     if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
-        raise ValueError(f"levels must be an integer from 2 to 256, got {levels!r}; continuous data has likelihood=gaussian")
+        raise ValueError(
+            f"levels must be an integer from 2 to 256, got {levels!r}; continuous data has model/likelihood=gaussian"
+        )
 
 
 def _split(params: Tensor, num: int) -> Tensor:
@@ -301,7 +303,7 @@ class Gaussian:
     def __post_init__(self) -> None:
         if self.levels is not None:
             raise ValueError(
-                f"likelihood=gaussian is a density, but the data has {self.levels} levels, where densities mean nothing: "
+                f"model/likelihood=gaussian is a density, but the data has {self.levels} levels, where densities mean nothing: "
                 "choose model/likelihood=discretized_gaussian"
             )
 

@@ -39,7 +39,7 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
     if wrong := next(wrong_kinds(cfg), None):
         raise SettingError(wrong)
     try:
-        return instantiate(cfg, _convert_="all", **extra)
+        part = instantiate(cfg, _convert_="all", **extra)
     except InstantiationException as error:
         cause = error.__cause__ or error
         sentence = " ".join(str(cause).split())
@@ -50,6 +50,9 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
             raise SettingError(wrong) from None
         given = _plain_settings(cfg, key)
         raise SettingError(f"{key or 'the config'} cannot be built{given}: {sentence}") from error
+    if wrong := next(wrong_kinds(cfg, nulls=True), None):  # what was built would fail when it comes to use it
+        raise SettingError(wrong)
+    return part
 
 
 def _key_of(error: InstantiationException, cfg: DictConfig) -> str:

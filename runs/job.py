@@ -59,6 +59,8 @@ def run(cfg: DictConfig) -> float:
         SettingError: for a setting that cannot work, before training.
     """
     directory = Path(HydraConfig.get().runtime.output_dir)
+    if not HydraConfig.get().run.dir:
+        raise SettingError("hydra.run.dir= is empty: give the run directory, or leave it out")
     with nullcontext() if is_child_rank() else hold(directory):
         return run_in(directory, cfg)
 

@@ -45,7 +45,9 @@ def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
                 if isinstance(part, DictConfig):
                     yield from wrong_kinds(part, nulls)
         elif not suits and (nulls or (value is not None and hints[name] is not NONE)):
-            yield f"{node._get_full_key(name)}={value}: give {kind(hints[name])}"
+            key = node._get_full_key(name)
+            quoted = f", as {key}='\"{value}\"'" if isinstance(value, (int, float)) and fits(str(value), hints[name]) else ""
+            yield f"{key}={value}: give {kind(hints[name])}{quoted}"
 
 
 def _hints(node: DictConfig) -> dict[str, Any]:

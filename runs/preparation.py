@@ -21,6 +21,7 @@ from datamodules.base import ImageBatches
 from datamodules.shards import Manifest, write_split
 from runs.build import SettingError, build_part
 
+HELD_OUT, BATCH = 5000, 128  # num_val and num_test, and batch_size, in conf/data/stream.yaml
 CHUNK = 2**23  # bytes of images that are held at once
 
 
@@ -59,7 +60,7 @@ def run(cfg: DictConfig) -> None:
         SettingError: for a setting that cannot work, before anything is written, or for a damaged source.
     """
     check_settings(cfg)
-    out = Path(cfg.out).expanduser()
+    out = Path(str(cfg.out)).expanduser()
     try:
         source = from_arrays(str(cfg.source)) if cfg.source is not None else from_data_module(cfg.data)
         check_space(source, out)
@@ -78,10 +79,10 @@ def check_settings(cfg: DictConfig) -> None:
         raise SettingError(f"source= and data= {both}: give one of them, source=<.npz files> or data=<data set>")
     if not str(cfg.out or ""):
         raise SettingError(f"out={cfg.out}: give the folder to make, as in out=data/imagenet32")
-    parent = next(path for path in Path(cfg.out).expanduser().absolute().parents if path.exists())
+    parent = next(path for path in Path(str(cfg.out)).expanduser().absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise SettingError(f"out={cfg.out} cannot be made: {parent} is no folder that can be written to; choose another")
-    if Path(cfg.out).expanduser().exists():
+    if Path(str(cfg.out)).expanduser().exists():
         raise SettingError(f"out={cfg.out} exists and is not overwritten: take it away, or choose another folder")
     if isinstance(cfg.shard_mb, bool) or not isinstance(cfg.shard_mb, (int, float)) or not 0 < cfg.shard_mb < math.inf:
         raise SettingError(f"shard_mb={cfg.shard_mb}: give a number of megabytes above 0")
@@ -131,7 +132,7 @@ def check_space(source: Source, out: Path) -> None:
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise SettingError(
-            f"out={out} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there: choose another disk"
+            f"out={out} needs {needed / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free there: choose another disk"
         )
 
 
@@ -176,9 +177,17 @@ def summary(manifest: Manifest, out: Path) -> str:
     size = sum(shard.bytes for files in manifest.splits.values() for shard in files)
     shape = "x".join(map(str, manifest.image_shape))
     lines = [f"{manifest.name}: {', '.join(parts)} of {shape}, {manifest.levels} levels, {size / 1e6:,.1f} MB in {out}"]
-    for split in ("val", "test"):
-        if split not in manifest.splits:
-            lines.append(f"no {split} images: data=stream holds data.num_{split}=5000 of the training images out")
     stated = "" if manifest.image_shape == (3, 32, 32) else f" 'data.image_shape={list(manifest.image_shape)}'"
     stated += "" if manifest.levels == 256 else f" data.levels={manifest.levels}"
-    return "\n".join([*lines, f"python train.py data=stream data.root={out}{stated}"])
+    num = left = manifest.num("train")
+    for split in ("val", "test"):
+        if split not in manifest.splits:
+            held_out = min(HELD_OUT, max(1, num // 10))
+            lines.append(f"no {split} images: data=stream holds data.num_{split}={held_out} of the training images out")
+            stated += "" if held_out == HELD_OUT else f" data.num_{split}={held_out}"
+            left -= held_out
+    stated += "" if left >= BATCH else f" data.batch_size={left}"
+    root = f"./{out}" if str(out).isdigit() else out  # Hydra would take it for a number
+    _, height, width = manifest.image_shape
+    fits = height == width >= 32 and height & (height - 1) == 0  # the U-Net of data=stream is CIFAR-10's
+    return "\n".join([*lines, f"python train.py {'' if fits else 'model=vae '}data=stream data.root={root}{stated}"])

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks import BatchSizeFinder
+from comparison.groups import higher_is_better
 from datamodules import ImageDataModule
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
@@ -128,6 +129,10 @@ def _check_lengths(cfg: DictConfig) -> None:
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
             "the data: set trainer.limit_train_batches and trainer.limit_val_batches"
         )
+    if cfg.trainer.get("use_distributed_sampler", True):  # as Lightning has it where nothing is said
+        raise SettingError(
+            "trainer.use_distributed_sampler must be false: else each rank keeps a part only of the rows that are its own"
+        )
     for unit in ("epochs", "steps"):
         least, most = cfg.trainer.get(f"min_{unit}"), cfg.trainer.get(f"max_{unit}")
         if None not in (least, most) and 0 <= most < least:
@@ -152,8 +157,12 @@ def _check_monitor(cfg: DictConfig) -> None:
     known = [f"val/{name}" for name in (*TERMS, "elbo_se", *(("bpd",) if cfg.data.get("levels") else ()))]
     if stop.get("check_on_train_epoch_end"):
         known += ["train/loss", "train/bpd" if cfg.data.get("levels") else "train/elbo"]
-    if stop.get("monitor") not in known:
-        raise SettingError(f"callbacks.early_stopping.monitor={stop.get('monitor')}: choose among {', '.join(known)}")
+    monitor = stop.get("monitor")
+    if monitor not in known:
+        raise SettingError(f"callbacks.early_stopping.monitor={monitor}: choose among {', '.join(known)}")
+    better = "max" if higher_is_better(monitor) else "min"
+    if stop.get("mode", "min") != better:
+        raise SettingError(f"callbacks.early_stopping.mode={stop.get('mode')}: {monitor} gets better with mode={better}")
 
 
 def check_model(model: LikelihoodModule, image_shape: tuple[int, ...]) -> None:

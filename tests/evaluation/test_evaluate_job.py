@@ -140,7 +140,7 @@ def test_every_estimator_of_a_ddpm_has_one_mean(runs, tmp_path):
         "full": ["evaluation=full", "replicates=4"],
         "stratified": ["evaluation=stratified", "evaluation.calls=8", "replicates=12"],
         "importance": ["evaluation=importance", "evaluation.calls=6", "replicates=12"],
-        "importance alone": ["evaluation=importance", "evaluation.calls=6", "replicates=12", "+evaluation.control=false"],
+        "importance alone": ["evaluation=importance", "evaluation.calls=6", "replicates=12", "evaluation.control=false"],
         "three_variable": ["evaluation=three_variable", "replicates=4"],
         "default": ["precision=0.01"],
     }.items():

@@ -62,6 +62,10 @@ def implicit(rate: float = None) -> float | None:  # noqa: RUF013
     return rate
 
 
+def named(name: str) -> str:
+    return name
+
+
 def silent(rate, *, size=None):
     return rate, size
 
@@ -82,6 +86,8 @@ def node(target, **settings):
         ),  # the child's own
         ("make_child", {"rate": True}, "part.rate=True: give a number"),  # handed on to what is returned
         ("make_child", {"rate": 1, "fast": "banana"}, "part.fast=banana: give true or false"),
+        ("named", {"name": 5}, "part.name=5: give a word, as part.name='\"5\"'"),
+        ("named", {"name": [5]}, "part.name=[5]: give a word"),
         ("make_child", {"rate": 1, "names": "banana"}, "part.names=banana: give a list of words"),
     ],
 )
@@ -154,3 +160,14 @@ def test_settings_of_the_framework_and_of_the_libraries(tmp_path, overrides, nam
     sentences = [one for group in (part.values() if name.startswith("callbacks") else [part]) for one in wrong_kinds(group)]
     shown = value.replace("[abc]", "['abc']").replace("[1,2]", "[1, 2]")
     assert [one.partition(": give ")[0] for one in sentences] == [f"{name}={shown}"]
+
+
+def test_null_that_a_constructor_takes_and_nobody_could_use_is_refused():
+    assert fits(None, Callable[..., int]) is False
+    with pytest.raises(SettingError) as refused:
+        build_part(node("calls_later", function=None))
+    assert str(refused.value) == "part.function=None: give what is built by a _target_"
+
+
+def calls_later(function: Callable[[], int]) -> Callable[[], int]:
+    return lambda: function()

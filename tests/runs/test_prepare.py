@@ -1,22 +1,25 @@
 """prepare.py writes whole sets or nothing, from files of every kind."""
 
 import io
+import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
 from datamodules import arrays
-from datamodules.shards import MANIFEST
+from datamodules.shards import MANIFEST, Manifest, Shard, write_split
 from runs.build import SettingError
-from runs.preparation import run
+from runs.preparation import BATCH, HELD_OUT, run, summary
 from tests.data_files import pictures, write_cifar10, write_folder
-from tests.jobs import ROOT, run_here
+from tests.jobs import ROOT, configure, run_here
 
 
 def prepare(*overrides):
@@ -46,13 +49,33 @@ def test_the_command_writes_published_downsampled_imagenet(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "imagenet32: 80 train images (3 files), 21 test images (1 files) of 3x32x32, 256 levels, 0.3 MB in sets/imagenet32",
-        "no val images: data=stream holds data.num_val=5000 of the training images out",
-        "python train.py data=stream data.root=sets/imagenet32",
+        "no val images: data=stream holds data.num_val=8 of the training images out",
+        "python train.py data=stream data.root=sets/imagenet32 data.num_val=8 data.batch_size=72",
     ]
     found = splits(tmp_path / "sets/imagenet32")
     assert np.array_equal(found["train"].reshape(80, -1), np.concatenate([pictures(40, 3072, seed=i) for i in (1, 2)]))
     assert np.array_equal(found["test"].reshape(21, -1), pictures(21, 3072))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "sets"]
+
+
+@pytest.mark.parametrize(("shape", "levels", "num", "name"), [((1, 8, 8), 17, 40, "set"), ((3, 5, 7), 256, 400, "2026")])
+def test_the_command_that_is_printed_trains(shape, levels, num, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    images = np.random.default_rng(0).integers(levels, size=(num, *shape), dtype=np.uint8)
+    manifest = Manifest("set", shape, levels, {"train": write_split(Path(name), "train", shape, num, 2**20, iter([images]))})
+    manifest.write(Path(name))
+    *_, line = summary(manifest, Path(name)).splitlines()
+    _, script, *overrides = shlex.split(line)
+    assert script == "train.py"
+    assert math.isfinite(run_here(tmp_path, *overrides, "logger=csv", "callbacks.pictures=null"))
+
+
+def test_what_is_printed_knows_the_defaults(tmp_path):
+    data = configure(tmp_path, "data=stream").data
+    assert (data.num_val, data.num_test, data.batch_size) == (HELD_OUT, HELD_OUT, BATCH)
+    large = Manifest("set", (3, 32, 32), 256, {"train": [Shard("a", 10**6, 1, "")]})
+    assert summary(large, Path("set")).splitlines()[-1] == "python train.py data=stream data.root=set"
 
 
 def test_help_loads_no_torch():
@@ -118,7 +141,7 @@ def test_a_damaged_file_and_a_full_disk_leave_nothing(tmp_path, monkeypatch):
         prepare(f"source={tmp_path}/published", f"out={tmp_path}/out")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 1000}))
     path.write_bytes(whole)
-    with pytest.raises(SettingError, match=r"out=.* needs 0.0 GB"):
+    with pytest.raises(SettingError, match=r"out=.* needs 0.3 MB"):
         prepare(f"source={tmp_path}/published", f"out={tmp_path}/out")
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
