@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runs.help import help_text
@@ -72,4 +78,34 @@ def sentence(error: BaseException) -> str:
             "'KEY=\"VALUE\"'"
         )
     text = str(error).split("Config search path")[0].split("Set the environment variable")[0].split("See https://hydra.cc")[0]
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    unknown = re.match(r"Could not override '([^']+)'\. To append to your config use (\S+)", text)
+    if unknown is None:
+        return text
+    near = get_close_matches(unknown[1], _settings(), n=2, cutoff=0.8)
+    advice = f"is it {' or '.join(near)}?" if near else f"python {Path(sys.argv[0]).name} --cfg job shows them all;"
+    return f"{unknown[1]} is no setting: {advice} {unknown[2]} adds one"
+
+
+def _settings() -> list[str]:
+    """Returns the names of all settings under the groups that the command line chooses, as far as they can be composed."""
+    script = Path(sys.argv[0])
+    chosen = [item for item in sys.argv[1:] if re.match(r"[\w/]+=[\w-]+$", item)]
+    names: list[str] = []
+
+    def walk(node: dict, prefix: str) -> None:
+        for name, value in node.items():
+            names.append(f"{prefix}{name}")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+
+    conf = str(script.absolute().parent / "conf")
+    running = GlobalHydra.instance().is_initialized()  # in a sweep
+    for overrides in (chosen, []):
+        try:
+            with nullcontext() if running else initialize_config_dir(conf, version_base="1.3"):
+                walk(OmegaConf.to_container(compose(script.stem, overrides)), "")
+            break
+        except (HydraException, OmegaConfBaseException):  # one of them may be what is misspelt
+            continue
+    return names
