@@ -11,7 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from comparison.collect import curve, level_kls, rate_distortion
-from comparison.groups import Group, higher_is_better, shown
+from comparison.groups import Group, shown
+from runs.directory import higher_is_better
 
 COLOURS = ("#4a7fc9", "#cf6226", "#3f9a63", "#9a66b8", "#b38d28", "#469cae", "#c25a80", "#7d8592", "#7c972c", "#b0603a")
 DASHES = ("solid", "dash", "dot", "dashdot")  # where there are more groups than colours

@@ -12,6 +12,7 @@ from scipy import stats
 
 from comparison.collect import Run
 from runs.build import SettingError
+from runs.directory import higher_is_better
 
 LEVEL = 0.95  # of the confidence intervals
 # where and how a run was computed: by design it changes no figure, so it tells no groups apart unless by= asks for it
@@ -168,11 +169,6 @@ def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Gr
 def pooled_settings(groups: Sequence[Group]) -> list[str]:
     """Returns what varies within a group, as it may where one has said what to group by."""
     return sorted({key for own in groups for key in varied_settings(own.runs)})
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether more of it is better."""
-    return metric.split("/")[-1] in ("elbo", "reconstruction")
 
 
 def _by_seed(group: Group) -> dict[str, float]:

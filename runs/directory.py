@@ -100,6 +100,11 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
     return checkpoint
 
 
+def higher_is_better(metric: str) -> bool:
+    """Whether more of it is better, of the figures that result.json and metrics.csv hold."""
+    return metric.split("/")[-1] in ("elbo", "reconstruction")
+
+
 def first_free(taken: Callable[[int], bool], first: int = 1) -> int:
     """Returns the first number that is not taken: what is on disk is kept under its own."""
     return next(number for number in itertools.count(first) if not taken(number))

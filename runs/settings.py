@@ -12,11 +12,11 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks import BatchSizeFinder
-from comparison.groups import higher_is_better
 from datamodules import ImageDataModule
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
 from runs.build import SettingError
+from runs.directory import higher_is_better
 from runs.kinds import wrong_kinds
 
 MANY_RANKS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")  # in the environment of those that something else starts
