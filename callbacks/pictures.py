@@ -137,8 +137,9 @@ def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = N
 def label_decades(axis: Axis) -> None:
     """Labels a logarithmic axis by 1, 2 and 5 where it spans few decades, by powers of ten where it spans many."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    axis.set_major_formatter("{x:g}")
+    if high < 300 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -156,7 +157,7 @@ def draw_profile(values: np.ndarray, unit: str, caption: str) -> plt.Figure:
         axis.plot(t, np.clip(values, 1e-9, None), color="#3b6fb6", label="KL of one step (left, log scale)")
         axis.set_yscale("log")
         label_decades(axis.yaxis)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(steps=(1, 2, 5, 10), integer=True))
         total = axis.twinx()
         total.plot(t, values[::-1].cumsum()[::-1], color="#c2541b", label="sum of all steps from here up (right)")
         total.set(ylabel=unit, ylim=(0, None))
