@@ -133,6 +133,10 @@ def _check_lengths(cfg: DictConfig) -> None:
         raise SettingError(
             "trainer.use_distributed_sampler must be false: else each rank keeps a part only of the rows that are its own"
         )
+    if all(cfg.trainer.get(name) in (None, -1) for name in ("max_steps", "max_time")) and cfg.trainer.get("max_epochs") is None:
+        raise SettingError(
+            "trainer.max_epochs=null says nothing of where training ends: give a number (-1: never) or trainer.max_steps"
+        )
     for unit in ("epochs", "steps"):
         least, most = cfg.trainer.get(f"min_{unit}"), cfg.trainer.get(f"max_{unit}")
         if None not in (least, most) and 0 <= most < least:

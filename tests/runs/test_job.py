@@ -132,6 +132,7 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["+trainer.min_epochs=5", "trainer.max_epochs=2"], "trainer.min_epochs=5 is above trainer.max_epochs=2"),
         (["callbacks=early_stopping", "+trainer.limit_val_batches=0"], "limit_val_batches=0 leaves none"),
         (["+trainer.logger=false"], "logger=csv or ~logger"),
+        (["trainer.max_epochs=null"], "trainer.max_epochs=null says nothing of where training ends"),
         (["trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler must be false"),
         (["callbacks=early_stopping", "callbacks.early_stopping.mode=min"], "val/elbo gets better with mode=max"),
         (["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/bpd"], "val/bpd gets better with mode=min"),
