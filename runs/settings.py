@@ -42,16 +42,7 @@ NUMBERS = {
     "model.optimizer.lr": (0, False, False),
     "model.optimizer.weight_decay": (0, True, False),
 }
-SWITCHES = (
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
-    "trainer.use_distributed_sampler",
-    "model.optimizer.fused",
-    "data.download",
-    "data.verify",
-    "sweep.fresh",
-    "sweep.retry_failed",
-)
+SWITCHES = ("sweep.fresh", "sweep.retry_failed")  # those of what is built have annotations that say so
 ELSEWHERE = {  # what the trainer is given here, and the setting that decides it
     "logger": "logger=wandb, logger=csv or ~logger",
     "callbacks": "+callbacks.NAME._target_=...",
