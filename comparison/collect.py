@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from runs.build import SettingError
+from runs.build import SettingError, flatten
 from runs.directory import CONFIG, RESULT
 from runs.sweep import STATE
 
@@ -139,7 +139,7 @@ def read_run(directory: Path) -> Run:
     parts = [config.get(name) for name in ("model", "data")] if isinstance(config, dict) else [None]
     if not all(isinstance(part, dict) and "_target_" in part for part in parts):
         raise ValueError(f"{CONFIG} is not that of a run")
-    settings = {key: value for name in SETTINGS for key, value in flatten(config.get(name), name)}
+    settings = {key: value for name in SETTINGS for key, value in flatten(config.get(name), name) if not _incidental(key)}
     if not (directory / RESULT).is_file():
         return Run(directory, settings, {}, {}, _why(_json(directory / STATE) if (directory / STATE).is_file() else {}))
     result = _json(directory / RESULT)
@@ -175,13 +175,8 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:
-    """Returns (dotted key, value) of nested dicts, without what figures do not depend on; lists are leaves."""
-    if f"{prefix}.".startswith(tuple(f"{name}." for name in INCIDENTAL)):
-        return []
-    if not isinstance(value, dict):
-        return [(prefix, value)]
-    return [leaf for key, child in value.items() for leaf in flatten(child, f"{prefix}.{key}")]
+def _incidental(key: str) -> bool:
+    return f"{key}.".startswith(tuple(f"{name}." for name in INCIDENTAL))
 
 
 def curve(run: Run, metric: str, over: str = "step") -> tuple[list[int], list[float]]:

@@ -80,3 +80,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise SettingError(" ".join(str(error).split())) from None
+
+
+def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:
+    """Returns (dotted key, value) for every leaf of nested dicts; lists count as leaves."""
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [leaf for key, child in value.items() for leaf in flatten(child, f"{prefix}.{key}")]

@@ -89,23 +89,18 @@ def sentence(error: BaseException) -> str:
 
 def _settings() -> list[str]:
     """Returns the names of all settings under the groups that the command line chooses, as far as they can be composed."""
+    from runs.build import flatten  # what builds is not loaded for --help
+
     script = Path(sys.argv[0])
     chosen = [item for item in sys.argv[1:] if re.match(r"[\w/]+=[\w-]+$", item)]
-    names: list[str] = []
-
-    def walk(node: dict, prefix: str) -> None:
-        for name, value in node.items():
-            names.append(f"{prefix}{name}")
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{name}.")
-
     conf = str(script.absolute().parent / "conf")
     running = GlobalHydra.instance().is_initialized()  # in a sweep
     for overrides in (chosen, []):
         try:
             with nullcontext() if running else initialize_config_dir(conf, version_base="1.3"):
-                walk(OmegaConf.to_container(compose(script.stem, overrides)), "")
-            break
+                found = OmegaConf.to_container(compose(script.stem, overrides))
+            leaves = [key for name, value in found.items() for key, _ in flatten(value, name)]
+            return sorted({".".join(key.split(".")[:depth]) for key in leaves for depth in range(1, key.count(".") + 2)})
         except (HydraException, OmegaConfBaseException):  # one of them may be what is misspelt
             continue
-    return names
+    return []

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from callbacks import all_finite
 from datamodules import ImageDataModule
-from runs.build import SettingError
+from runs.build import SettingError, flatten
 from runs.devices import is_child_rank
 from runs.directory import LAST, claim, read_checkpoint
 
@@ -199,13 +199,6 @@ def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -
                 f"ckpt={path} stopped amid an epoch that is dealt by data.{name}={there}: go on with data.{name}={there}, not "
                 f"{here}, or from a checkpoint of the end of an epoch"
             )
-
-
-def flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:
-    """Returns (dotted key, value) for every leaf of nested dicts; lists count as leaves."""
-    if not isinstance(value, dict):
-        return [(prefix, value)]
-    return [leaf for key, child in value.items() for leaf in flatten(child, f"{prefix}.{key}")]
 
 
 def resume_command(directory: Path) -> str:

@@ -15,9 +15,9 @@ import yaml
 from omegaconf import OmegaConf
 from scipy import stats
 
-from comparison.collect import flatten, rate_distortion, read_run
+from comparison.collect import rate_distortion, read_run
 from comparison.job import run
-from runs.build import SettingError
+from runs.build import SettingError, flatten
 from tests.comparison.directories import compare, write_run, write_sweep
 from tests.evaluation.evaluations import evaluate_here
 from tests.jobs import ROOT, SMALL_DDPM, result, run_here
