@@ -15,8 +15,11 @@ def main(cfg: DictConfig) -> float | None:
     """Runs one evaluation; returns bits/dim (nats for continuous data)."""
     import sys
 
-    from evaluation.job import run
-    from runs.build import SettingError
+    from runs.entry import loading
+
+    with loading():
+        from evaluation.job import run
+        from runs.build import SettingError
 
     try:
         figure, interrupted = run(cfg)

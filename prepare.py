@@ -13,8 +13,11 @@ from omegaconf import DictConfig
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
 def main(cfg: DictConfig) -> None:
     """Writes one set."""
-    from runs.build import SettingError
-    from runs.preparation import run
+    from runs.entry import loading
+
+    with loading():
+        from runs.build import SettingError
+        from runs.preparation import run
 
     try:
         run(cfg)

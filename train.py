@@ -16,13 +16,16 @@ def main(cfg: DictConfig) -> float | None:
     """Runs one job; returns its best validation bits/dim (nats for continuous data), which sweepers minimise."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from runs.build import RankError, SettingError
-    from runs.devices import is_child_rank
-    from runs.entry import TERMINATED
-    from runs.job import run
-    from runs.sweep import run_in_sweep
+    from runs.entry import TERMINATED, loading
+
+    with loading():
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+        from runs.build import RankError, SettingError
+        from runs.devices import is_child_rank
+        from runs.job import run
+        from runs.sweep import run_in_sweep
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return run_in_sweep(cfg, run)
