@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks.jobs import ROOT, configure
+from tests.forks import Fork
 
-__all__ = ["QUICK", "ROOT", "SMALL_DDPM", "command", "configure", "heed_ctrl_c", "result", "run_here"]
+__all__ = ["QUICK", "ROOT", "SMALL_DDPM", "begin", "command", "configure", "result", "run_here"]
 QUICK = (
     "trainer.accelerator=cpu",
     "trainer.devices=1",
@@ -30,19 +29,16 @@ def run_here(directory: Path, *overrides: str) -> float:
     return run(configure(directory, *QUICK, *overrides))
 
 
-def command(*overrides: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+def command(*overrides: str, cwd: Path, script: str = "train.py", **variables: str) -> subprocess.CompletedProcess:
     """Runs ``python train.py ...`` from ``cwd``, without an account, with these environment variables besides."""
+    return begin(*overrides, cwd=cwd, script=script, **variables).finish(timeout=240)
+
+
+def begin(*overrides: str, cwd: Path, script: str = "train.py", **variables: str) -> Fork:
+    """Begins a command."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "PL_"))}
-    environment |= {"HOME": str(cwd), "NETRC": str(cwd / "netrc"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-
-
-def heed_ctrl_c() -> None:
-    """For a child process that is to be interrupted: background shells make their children ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    environment |= {"HOME": str(cwd), "NETRC": str(cwd / "netrc")} | variables
+    return Fork([str(ROOT / script), *overrides], cwd, environment)
 
 
 def result(directory: Path) -> dict:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -55,14 +53,6 @@ def evaluate_here(run, *overrides):
 
 def record(run) -> dict:
     return json.loads((Path(run) / "evaluation.json").read_text())
-
-
-def arguments(*overrides) -> list[str]:
-    return [sys.executable, str(ROOT / "evaluate.py"), *CPU, *overrides]
-
-
-def environment(home) -> dict[str, str]:
-    return os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
 
 
 def refuse_constant(name):

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ import evaluation.estimate
 import evaluation.extras
 from runs.build import SettingError, build_part
 from tests.data_files import pictures, write_folder
-from tests.evaluation.evaluations import QUICK, arguments, environment, evaluate_here, record, refuse_constant
-from tests.jobs import result, run_here
+from tests.evaluation.evaluations import CPU, QUICK, evaluate_here, record, refuse_constant
+from tests.jobs import command, result, run_here
 
 BITS = 1 / (64 * math.log(2))
 COSTS = ("reconstruction", "prior", "matching", "elbo")
@@ -282,10 +281,7 @@ def test_two_ranks_give_the_figures_of_one(runs, tmp_path):
     settings = ("replicates=3", "iwae_samples=5", "batch_size=100", "weights=both", "pictures=false")
     evaluate_here(run, *settings)
     one = record(run)
-    done = subprocess.run(
-        arguments(f"run={run}", *settings, "fabric.devices=2"),
-        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    done = command(*CPU, f"run={run}", *settings, "fabric.devices=2", cwd=tmp_path, script="evaluate.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test set, ema weights") == 1
     two = record(run)

@@ -2,9 +2,9 @@
 
 import json
 import math
+import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,8 +17,8 @@ from evaluation.flow import ProbabilityFlow
 from lightning_modules import VAELightningModule
 from networks import MLPDenoiser
 from runs.build import SettingError
-from tests.evaluation.evaluations import QUICK, arguments, environment, evaluate_here, record, refuse_constant
-from tests.jobs import heed_ctrl_c
+from tests.evaluation.evaluations import CPU, QUICK, evaluate_here, record, refuse_constant
+from tests.jobs import ROOT, begin
 
 
 def test_weights_that_are_not_finite_and_places_that_take_no_results_are_refused_first(runs, tmp_path, monkeypatch):
@@ -172,21 +172,17 @@ def test_ctrl_c_before_the_evaluation_proper_stops_it(calls, runs, tmp_path, mon
 
 def test_ctrl_c_prints_the_table_so_far_and_exits_as_a_shell_expects(runs, tmp_path):
     run = runs.copy("vae", tmp_path)
-    process = subprocess.Popen(
-        arguments(f"run={run}", "replicates=8000", "iwae_samples=10"), cwd=tmp_path, env=environment(tmp_path), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c,
-    )  # fmt: skip
-    lines, deadline = [], time.monotonic() + 100
-    for line in process.stdout:
-        lines.append(line)
-        if "/1440000" in line or time.monotonic() > deadline:
-            break
-    process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
-    output = "".join(lines) + rest
-    assert process.returncode == 130, output
-    assert "Traceback" not in output
-    assert "interrupted" in output
+    process = begin(*CPU, f"run={run}", "replicates=8000", "iwae_samples=10", cwd=tmp_path, script="evaluate.py")
+    deadline = time.monotonic() + 100
+    while "/1440000" not in process.printed() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    before = process.printed()
+    os.kill(process.pid, signal.SIGINT)
+    done = process.finish(timeout=60)
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "interrupted" in done.stdout + done.stderr
+    rest = done.stdout.removeprefix(before)
     assert "total" in rest
     kept = record(run)
     assert kept["interrupted"] is True
@@ -200,7 +196,7 @@ def test_ctrl_c_prints_the_table_so_far_and_exits_as_a_shell_expects(runs, tmp_p
 )
 def test_the_command_refuses_in_one_line_from_anywhere(overrides, start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [*arguments()[1:], *overrides])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *CPU, *overrides])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(sys.argv[0], run_name="__main__")
     assert str(stop.value.code).startswith(start)  # a text: Python prints it to stderr and exits with 1

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from runs.build import SettingError
 from runs.resuming import resume_command
-from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result, run_here
+from tests.jobs import QUICK, ROOT, SMALL_DDPM, begin, command, configure, result, run_here
 
 MODELS = {"vae": ("model=vae",), "mhvae": ("model=mhvae",), "ddpm": SMALL_DDPM}
 TERMS = ("bpd", "elbo", "reconstruction", "prior", "matching")
@@ -300,13 +300,9 @@ def test_torchrun_starts_one_run_and_ckpt_auto_goes_on_with_it(tmp_path):
     assert not list(tmp_path.glob("outputs/*"))
 
 
-def signalled(number, command, tmp_path, beyond=0):
+def signalled(number, command_line, tmp_path, beyond=0):
     """Sends a signal once a checkpoint of a later step is there: (exit code, what was printed, the checkpoint's step)."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c,
-    )  # fmt: skip
+    process = begin(*command_line, cwd=tmp_path)
     checkpoint, deadline = tmp_path / "here" / "checkpoints" / "last.ckpt", time.monotonic() + 120
 
     def step():
@@ -314,9 +310,9 @@ def signalled(number, command, tmp_path, beyond=0):
 
     while step() <= beyond and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    return process.returncode, output, step()
+    os.kill(process.pid, number)
+    done = process.finish(timeout=60)
+    return done.returncode, done.stdout + done.stderr, step()
 
 
 def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_path):

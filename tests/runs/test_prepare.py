@@ -19,7 +19,7 @@ from datamodules.shards import MANIFEST, Manifest, Shard, write_split
 from runs.build import SettingError
 from runs.preparation import BATCH, HELD_OUT, run, summary
 from tests.data_files import pictures, write_cifar10, write_folder
-from tests.jobs import ROOT, configure, run_here
+from tests.jobs import ROOT, command, configure, run_here
 
 
 def prepare(*overrides):
@@ -42,10 +42,7 @@ def splits(folder):
 
 def test_the_command_writes_published_downsampled_imagenet(tmp_path):
     write_imagenet32(tmp_path / "published")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "prepare.py"), "source=published", "out=sets/imagenet32", "shard_mb=0.1"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = command("source=published", "out=sets/imagenet32", "shard_mb=0.1", cwd=tmp_path, script="prepare.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "imagenet32: 80 train images (3 files), 21 test images (1 files) of 3x32x32, 256 levels, 0.3 MB in sets/imagenet32",

@@ -5,15 +5,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
 from runs.identity import identity, with_sweep_directory
-from tests.jobs import QUICK, ROOT, SMALL_DDPM, command, configure, heed_ctrl_c, result, run_here
+from tests.jobs import QUICK, SMALL_DDPM, begin, command, configure, result, run_here
 from tests.runs.cluster import make_cluster
 from tests.runs.ranks import RECORD, assert_ranks_agree
 from tests.wandb_file import read, records
@@ -116,13 +114,9 @@ def wandb_files(directory):
     return sorted((directory / "outputs" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def start(overrides, directory, **settings):
-    """``python train.py ...`` in a process group of its own, once the first last.ckpt of its sweep is there."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {"HOME": str(directory)}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=directory, env=environment, start_new_session=True,
-        stderr=subprocess.STDOUT, text=True, preexec_fn=heed_ctrl_c, **settings,
-    )  # fmt: skip
+def start(overrides, directory):
+    """``python train.py ...``, once the first last.ckpt of its sweep is there."""
+    process = begin(*overrides, cwd=directory)
     deadline = time.monotonic() + 120
     while not checkpoints(directory) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -133,17 +127,14 @@ def checkpoints(directory):
     return list(directory.glob("outputs/sweeps/*/*/checkpoints/last.ckpt"))
 
 
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 LONG = [*JOB, "logger=csv", "trainer.max_epochs=25", "model/lr_scheduler=constant"]
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     overrides = ["-m", *LONG, "seed=0,1"]
-    kill(start(overrides, tmp_path, stdout=subprocess.DEVNULL))
+    killed = start(overrides, tmp_path)
+    killed.kill()
+    assert killed.finish(timeout=60).returncode == -signal.SIGKILL
     (directory,) = (path.parents[1] for path in checkpoints(tmp_path))
     assert not (directory / "result.json").exists()
     done = command(*overrides, cwd=tmp_path)
@@ -154,10 +145,11 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
 
 def test_ctrl_c_ends_a_sweep_with_its_summary_and_the_same_command_goes_on(tmp_path):
     overrides = ["-m", *LONG, "seed=0,1", "logger=wandb", "logger.mode=offline"]
-    process = start(overrides, tmp_path, stdout=subprocess.PIPE)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    process = start(overrides, tmp_path)
+    os.kill(process.pid, signal.SIGINT)
+    done = process.finish(timeout=60)
+    output = done.stdout + done.stderr
+    assert done.returncode == 130, output
     assert "Traceback" not in output
     (directory,) = (path.parents[1] for path in checkpoints(tmp_path))
     assert "sweep: 0 of 2 jobs done, 1 interrupted, 1 not started in" in output
@@ -271,7 +263,9 @@ def test_optuna_minimises_the_validation_figure_with_two_ranks_and_goes_on(tmp_p
 def test_a_killed_search_goes_on_with_the_trial_that_was_cut_off_and_adds_none(tmp_path):
     optuna = pytest.importorskip("optuna")
     overrides = ["-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", *LONG, "model.optimizer.lr=interval(1e-4,1e-2)"]
-    kill(start(overrides, tmp_path, stdout=subprocess.DEVNULL))
+    killed = start(overrides, tmp_path)
+    killed.kill()
+    assert killed.finish(timeout=60).returncode == -signal.SIGKILL
     (directory,) = (path.parents[1] for path in checkpoints(tmp_path))
     (rate,) = (item for item in json.loads((directory / "job.json").read_text())["overrides"] if "optimizer.lr" in item)
     done = command(*overrides, cwd=tmp_path)
