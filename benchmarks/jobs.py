@@ -22,7 +22,7 @@ from datamodules.base import ImageDataModule
 from lightning_modules import LikelihoodModule
 from loggers import finish_wandb
 from runs.build import build_part, plain
-from runs.job import build_trainer, fit, load_data, quiet_libraries
+from runs.job import build_loggers, build_trainer, fit, load_data, quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,7 +100,9 @@ class Job:
 
     def run(self, *callbacks: Callback) -> Trainer:
         """Trains with everything on: progress bar, W&B offline, metrics.csv, terms of the ELBO, EMA, clipping, checkpoints."""
-        trainer = build_trainer(self.cfg, plain(self.cfg), self.directory)
+        config = plain(self.cfg)
+        trainer = build_trainer(self.cfg, config, self.directory)
+        trainer.loggers = build_loggers(self.cfg, config, self.directory)
         for place, callback in enumerate(trainer.callbacks):
             if isinstance(callback, LineProgress):  # what a terminal would get, drawn to nowhere
                 bar = LiveProgress(console_kwargs={"file": io.StringIO(), "force_terminal": True})

@@ -81,11 +81,14 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
     compile_networks(model, cfg.compile)
     failed = True
     try:
-        trainer = build_trainer(cfg, config, directory, step)
+        trainer = build_trainer(cfg, config, directory)
         check_ranks(trainer, datamodule, cfg)
-        # only now: what was refused has claimed nothing, and may be tried again; nor does what only tries something out
-        if not is_child_rank() and not only_tries(trainer, cfg):
-            OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
+        # only now: what was refused is no run, not in W&B either, and may be tried again; nor is what only tries something out
+        if not only_tries(trainer, cfg):
+            if not trainer.fast_dev_run:
+                trainer.loggers = build_loggers(cfg, config, directory, step)
+            if not is_child_rank():
+                OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
         say(trainer, f"{describe(cfg, model, datamodule)}\nrun directory: {directory}")
         fit(trainer, model, datamodule, checkpoint, directory)
         best = objective(trainer, model)
@@ -156,12 +159,11 @@ def only_tries(trainer: Trainer, cfg: DictConfig) -> bool:
     return looks or (bool(cfg.trainer.get("fast_dev_run")) and HydraConfig.get().mode != RunMode.MULTIRUN)
 
 
-def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path, step: int = 0) -> Trainer:
-    """Builds callbacks, loggers and the trainer; devices and precision that do not exist here are refused in one sentence."""
+def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Trainer:
+    """Builds callbacks and the trainer; devices and precision that do not exist here are refused in one sentence."""
     callbacks = build_callbacks(cfg, config, directory)
-    loggers = build_loggers(cfg, config, directory, step)
     try:
-        return factory(cfg.trainer)(callbacks=callbacks, logger=loggers, default_root_dir=str(directory))
+        return factory(cfg.trainer)(callbacks=callbacks, logger=False, default_root_dir=str(directory))
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
         raise SettingError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -178,7 +180,7 @@ def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) ->
     return callbacks
 
 
-def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path, step: int) -> list[Logger]:
+def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path, step: int = 0) -> list[Logger]:
     """Builds metrics.csv, as it was at ``step``, and the logger that conf/logger chose; ranks above 0 log nothing."""
     loggers: list[Logger] = [MetricsCSV(str(directory / "metrics.csv"), step)]
     if cfg.get("logger") and not is_child_rank():

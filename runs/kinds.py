@@ -109,14 +109,20 @@ def _is_sequence(hint: Any) -> bool:
     return builtin and issubclass(hint, Iterable) and not issubclass(hint, Mapping)
 
 
+def _alternatives(hint: Any) -> list[str]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return [str(one) for one in arguments]
+    if origin in (Union, types.UnionType):
+        return [name for one in arguments if not (one is int and float in arguments) for name in _alternatives(one)]
+    return [kind(hint)]
+
+
 def kind(hint: Any) -> str:
     """Returns in words what an annotation asks for."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        kinds = [kind(one) for one in arguments if not (one is int and float in arguments)]
-        return " or ".join(dict.fromkeys(one for one in kinds if one != NODE)) or NODE
-    if origin is Literal:
-        return " or ".join(str(one) for one in arguments)
+    if origin in (Union, types.UnionType, Literal):
+        return " or ".join(dict.fromkeys(one for one in _alternatives(hint) if one != NODE)) or NODE
     if hint in NAMES:
         return NAMES[hint]
     if _is_sequence(origin or hint):

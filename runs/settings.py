@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed import is_backend_available
 
 from callbacks import BatchSizeFinder
 from datamodules import ImageDataModule
@@ -196,6 +197,10 @@ def check_limits(cfg: DictConfig, datamodule: ImageDataModule) -> None:
 
 def check_ranks(trainer: Trainer, datamodule: ImageDataModule, cfg: DictConfig) -> None:
     """Refuses what several devices cannot share, now that their number is known."""
+    backend = getattr(trainer.strategy, "process_group_backend", None)  # what is null is chosen by device
+    for name in (part.split(":")[-1] for part in (backend or "").split(",")):  # as cpu:gloo,cuda:nccl
+        if name and not is_backend_available(name):
+            raise SettingError(f"trainer.strategy.process_group_backend={backend}: this PyTorch has no {name}; leave it out")
     if trainer.world_size == 1:
         return
     try:

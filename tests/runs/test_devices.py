@@ -141,19 +141,23 @@ def test_accumulated_batches_make_one_optimiser_step(tmp_path):
         (["trainer.devices=181", "data.batch_size=181"], "the 180 val images of digits are fewer than 181 devices"),
         (["+trainer.limit_val_batches=0.5"], "trainer.limit_val_batches=0.5"),
         (["callbacks=batch_size_finder"], "tries one device, not trainer.devices=2"),
+        (["trainer.strategy.process_group_backend=cpu:glue"], "process_group_backend=cpu:glue: this PyTorch has no glue"),
     ],
 )
 def test_what_several_devices_cannot_share_is_refused_before_any_begins(overrides, sentence, tmp_path):
     with pytest.raises(SettingError, match=sentence):
-        run_here(tmp_path, *SMALL, "trainer=ddp_cpu", "trainer.devices=2", *overrides)
+        run_here(tmp_path, *SMALL, "logger=wandb", "logger.mode=offline", "trainer=ddp_cpu", "trainer.devices=2", *overrides)
+    assert not list(tmp_path.rglob("*.wandb"))
     run_here(tmp_path, *SMALL, "trainer.max_epochs=1")  # in the same place: nothing was claimed
 
 
 def test_what_only_tries_leaves_no_run(tmp_path):
-    run_here(tmp_path, *SMALL, "+trainer.fast_dev_run=2")
+    wandb = ("logger=wandb", "logger.mode=offline")
+    run_here(tmp_path, *SMALL, *wandb, "+trainer.fast_dev_run=2")
     assert not (tmp_path / "run" / "result.json").exists()
     with pytest.raises(SystemExit):
-        run_here(tmp_path, *VAE, "callbacks=batch_size_finder")
+        run_here(tmp_path, *VAE, *wandb, "callbacks=batch_size_finder")
+    assert not list(tmp_path.rglob("*.wandb"))
     run_here(tmp_path, *SMALL, "trainer.max_epochs=1")
     assert (tmp_path / "run" / "result.json").exists()
 

@@ -26,6 +26,7 @@ from tests.jobs import configure
         (int | float, [2, 2.5], ["2", True], "a number"),
         (bool | Literal["warn"], [True, "warn"], ["banana", 1], "true or false or warn"),
         (Literal[32, "bf16"], [32, "bf16"], [16, "32", True], "32 or bf16"),
+        (Literal[32, "a"] | Literal["b", "a"] | None, ["a", "b", None], [16, "32"], "32 or a or b or null"),
         (Sequence[int], [[1, 2], []], [1, "12", [1.5], [True], ["a"], None], "a list of integers"),
         (tuple[int, ...], [[1, 2, 3]], [[None], 3], "a list of integers"),
         (tuple[float, float], [[1, 0.5]], [[], [1], [1, 2, 3], ["a", 1], 0.5], "a list of 2 numbers"),
