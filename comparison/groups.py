@@ -52,11 +52,15 @@ class Group:
         return float(np.std(self.figures, ddof=1)) if len(self.figures) > 1 else math.nan
 
     @property
+    def names(self) -> list[str]:
+        """The settings' names, by their last words where these tell them apart."""
+        ends = [_short(key) for key in self.values]
+        return [end if ends.count(end) == 1 else key for end, key in zip(ends, self.values, strict=True)]
+
+    @property
     def label(self) -> str:
         """The settings in a few words."""
-        ends = [_short(key) for key in self.values]
-        names = [end if ends.count(end) == 1 else key for end, key in zip(ends, self.values, strict=True)]
-        parts = [f"{name}={shown(value)}" for name, value in zip(names, self.values.values(), strict=True)]
+        parts = [f"{name}={shown(value)}" for name, value in zip(self.names, self.values.values(), strict=True)]
         return ", ".join(parts) or (self.runs[0].name if len(self.runs) == 1 else "all runs")
 
     def average(self, of) -> float | None:

@@ -41,8 +41,8 @@ def run(cfg: DictConfig) -> None:
         left_out.append(f"not in by=, so means are over runs that differ in it: {', '.join(pooled)}")
     out = _new_directory(Path(str(cfg.out)))
     console = Console()
-    console = console if console.is_terminal else Console(width=160)  # a file has no edge
-    console.print(terminal(groups, cfg.metric, console.width))
+    console = console if console.is_terminal else Console(width=10**4)  # a file has no edge
+    console.print(terminal(groups, cfg.metric, console))
     for line in left_out:
         print(line)
     title = f"{cfg.metric}: {', '.join(groups[0].values) or 'runs'}"

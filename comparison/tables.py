@@ -7,13 +7,14 @@ import io
 import math
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from comparison.groups import LEVEL, Group, shown
 
 TERMS = ("reconstruction", "prior", "matching")
-WIDE = 140  # columns of characters that hold every column of the table
 
 
 def _unit(groups: Sequence[Group]) -> str:
@@ -69,15 +70,27 @@ def _cells(group: Group, unit: str) -> list[str]:
     ]
 
 
-def terminal(groups: Sequence[Group], metric: str, width: int) -> Table:
-    """Returns the table for a terminal, best first; a narrow one leaves out parameters and times, which the files have."""
-    names = header(groups, metric)
-    columns = len(names) if width >= WIDE else len(groups[0].values) + 4 + len(TERMS)
+def terminal(groups: Sequence[Group], metric: str, console: Console) -> Table:
+    """Returns the table for a terminal, best first, with as many of the terms, sizes and times as it has room for.
+
+    The files have them all. Where there is no room for the rest either, settings are folded before numbers are.
+    """
+    settings = len(groups[0].values)
+    least = settings + 4  # runs, metric, sd, difference
+    for columns in range(len(header(groups, metric)), least - 1, -1):
+        table = _table(groups, metric, settings, columns)
+        if Measurement.get(console, console.options.update(width=10**6), table).maximum <= console.width:
+            break
+    return table
+
+
+def _table(groups: Sequence[Group], metric: str, settings: int, columns: int) -> Table:
+    names = [*groups[0].names, *(name.split(" (")[0] for name in header(groups, metric)[settings:])]
     title = f"{metric}, best first; costs in {_unit(groups).replace('_per_', '/')}"
     table = Table(title=escape(title), title_justify="left")
     for index, name in enumerate(names[:columns]):
-        title = escape(name.split(" (")[0])
-        table.add_column(title, justify="left" if index < len(groups[0].values) else "right", overflow="fold")
+        left = index < settings
+        table.add_column(escape(name), justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for index, row in enumerate(rows(groups)):
         table.add_row(*map(escape, row[:columns]), style=None if index else "bold")
     return table

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import json
 import math
 import os
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from rich.console import Console
 from scipy import stats
 
-from comparison.collect import rate_distortion, read_run
+from comparison.collect import collect, rate_distortion, read_run
+from comparison.groups import group
 from comparison.job import run
+from comparison.tables import rows, terminal
 from runs.build import SettingError, flatten
 from tests.comparison.directories import compare, write_run, write_sweep
 from tests.evaluation.evaluations import evaluate_here
@@ -116,13 +120,28 @@ def test_the_three_files_hold_one_table(tmp_path, capsys):
     assert [float(row[3]) for row in rows] == sorted(float(row[3]) for row in rows)
     assert rows[0][5] == "best"
     printed = capsys.readouterr().out
+    assert " schedule ┃ weighting ┃ runs " in printed
     for row in rows:
         own = [figures[row[0], row[1], seed] for seed in range(3)]
         assert row[3:5] == [f"{np.mean(own):.4f}", f"{np.std(own, ddof=1):.4f}"]
         assert float(row[6]) == pytest.approx(0.9 * np.mean(own), abs=5e-5)
         assert row[2] == "3"
         assert row[9:] == ["316,548", "4", "1,408"]
-        assert all(cell in printed for cell in row[:9])
+        assert all(cell in printed for cell in row)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(60, 6), (80, 6), (100, 8), (120, 10), (200, 12)])
+def test_a_terminal_gets_the_columns_that_it_has_room_for_and_whole_numbers(width, columns, tmp_path):
+    write_sweep(tmp_path / "sweep")
+    groups = group(collect([str(tmp_path / "sweep")])[0], None, "test/bpd")
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal(groups, "test/bpd", console))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    printed = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
+    assert {len(row) for row in printed} == {columns}
+    numbers = [row[2:columns] for row in rows(groups)]
+    assert [row[2:] for row in printed if row[2] == "3"] == numbers
 
 
 def test_the_csv_holds_numbers_alone_and_all_their_digits(tmp_path):
