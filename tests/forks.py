@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -45,12 +45,11 @@ class Fork:
         return (Path(self._printed.name) / "out").read_text()
 
     def finish(self, timeout: float) -> subprocess.CompletedProcess:
-        """Waits for its end; kills it if that takes longer than ``timeout`` seconds."""
-        try:
-            code = _ask(timeout, wait=self.pid)
-        except TimeoutError:
-            self.kill()
-            raise
+        """Waits for its end; what takes longer than ``timeout`` seconds is killed, and ends with code -9."""
+        late = threading.Timer(timeout, self.kill)
+        late.start()
+        code = _ask(wait=self.pid)
+        late.cancel()
         out, error = self.printed(), (Path(self._printed.name) / "error").read_text()
         self._printed.cleanup()
         return subprocess.CompletedProcess(self.arguments, code, out, error)
@@ -63,23 +62,27 @@ def _server() -> subprocess.Popen:
     )
 
 
-def _ask(timeout: float = 60, **request: object) -> int:
+def _ask(**request: object) -> int:
     server = _server()
     server.stdin.write(json.dumps(request).encode() + b"\n")
-    if not select.select([server.stdout], [], [], timeout)[0]:
-        raise TimeoutError(f"no answer within {timeout} s to {request}")
     return int(server.stdout.readline())
 
 
 def _serve() -> dict:
-    """Answers requests, and returns one in the fork that is to do it."""
+    """Answers requests, and returns one in the fork that is to do it; what still runs when the tests end is killed."""
+    running = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            running.remove(request["wait"])
         elif not (answer := os.fork()):
             return request
+        else:
+            running.add(answer)
         print(answer, flush=True)
+    for pid in running:
+        os.killpg(pid, signal.SIGKILL)
     sys.exit()
 
 
