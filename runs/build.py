@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runs.kinds import wrong_kinds
+from runs.kinds import unknown, wrong_kinds
 
 
 class SettingError(Exception):
@@ -48,7 +48,13 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
             raise SettingError(sentence if "=" in sentence or not key else f"{key}: {sentence}") from None
         if wrong := next(wrong_kinds(cfg, nulls=True), None):
             raise SettingError(wrong) from None
-        given = _plain_settings(cfg, key)
+        node = OmegaConf.select(cfg._get_root(), key) if key else None
+        settings = {} if not isinstance(node, DictConfig) else {k: v for k, v in node.items() if k[0] != "_"}
+        found = re.search(r"unexpected keyword argument '(\w+)'", sentence)
+        if found and found[1] in settings:
+            raise SettingError(unknown(node, found[1])) from error
+        plain_ones = [f"{name}={value}" for name, value in settings.items() if not OmegaConf.is_config(value)]
+        given = f" with {', '.join(plain_ones)}" if plain_ones else ""
         raise SettingError(f"{key or 'the config'} cannot be built{given}: {sentence}") from error
     if wrong := next(wrong_kinds(cfg, nulls=True), None):  # what was built would fail when it comes to use it
         raise SettingError(wrong)
@@ -59,15 +65,6 @@ def _key_of(error: InstantiationException, cfg: DictConfig) -> str:
     """Returns which node Hydra was at."""
     found = re.search(r"full_key: (\S+)", str(error))
     return found[1] if found else str(cfg._get_full_key(None) or "")
-
-
-def _plain_settings(cfg: DictConfig, key: str) -> str:
-    """Returns the node's own settings as they were given, for a sentence that names none."""
-    node = OmegaConf.select(cfg._get_root(), key) if key else None
-    if not isinstance(node, DictConfig):
-        return ""
-    plain_ones = [f"{name}={value}" for name, value in node.items() if name[0] != "_" and not OmegaConf.is_config(value)]
-    return f" with {', '.join(plain_ones)}" if plain_ones else ""
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

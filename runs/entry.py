@@ -94,10 +94,13 @@ def sentence(error: BaseException) -> str:
         )
     text = str(error).split("Config search path")[0].split("Set the environment variable")[0].split("See https://hydra.cc")[0]
     text = " ".join(text.split())
+    absent = re.match(r"Could not override '(\w+)/([^']+)'\. No match in the defaults list\. .* use (\S+)", text)
+    if absent:
+        return f"{absent[1]}/{absent[2]}: the {absent[1]} that is chosen has none; {absent[3]} adds one, where it takes one"
     unknown = re.match(r"Could not override '([^']+)'\. To append to your config use (\S+)", text)
     if unknown is None:
         return text
-    near = get_close_matches(unknown[1], _settings(), n=2, cutoff=0.8)
+    near = get_close_matches(unknown[1], [*_settings(), *_groups()], n=2, cutoff=0.8)
     advice = f"is it {' or '.join(near)}?" if near else f"python {Path(sys.argv[0]).name} --cfg job shows them all;"
     return f"{unknown[1]} is no setting: {advice} {unknown[2]} adds one"
 
@@ -106,16 +109,23 @@ def _settings() -> list[str]:
     """Returns the names of all settings under the groups that the command line chooses, as far as they can be composed."""
     from runs.build import flatten  # what builds is not loaded for --help
 
-    script = Path(sys.argv[0])
     chosen = [item for item in sys.argv[1:] if re.match(r"[\w/]+=[\w-]+$", item)]
-    conf = str(script.absolute().parent / "conf")
     running = GlobalHydra.instance().is_initialized()  # in a sweep
     for overrides in (chosen, []):
         try:
-            with nullcontext() if running else initialize_config_dir(conf, version_base="1.3"):
-                found = OmegaConf.to_container(compose(script.stem, overrides))
+            with nullcontext() if running else initialize_config_dir(str(_conf()), version_base="1.3"):
+                found = OmegaConf.to_container(compose(Path(sys.argv[0]).stem, overrides))
             leaves = [key for name, value in found.items() for key, _ in flatten(value, name)]
             return sorted({".".join(key.split(".")[:depth]) for key in leaves for depth in range(1, key.count(".") + 2)})
         except (HydraException, OmegaConfBaseException):  # one of them may be what is misspelt
             continue
     return []
+
+
+def _groups() -> list[str]:
+    """Returns the names of all groups with a / in them; those without are settings too."""
+    return [str(path.relative_to(_conf())) for path in _conf().glob("*/*") if path.is_dir()]
+
+
+def _conf() -> Path:
+    return Path(sys.argv[0]).absolute().parent / "conf"

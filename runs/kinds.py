@@ -10,6 +10,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from enum import Enum
 from os import PathLike
 from typing import Any, Literal, Union
@@ -25,20 +26,22 @@ PLURALS = {int: "integers", float: "numbers", str: "words"}
 
 
 def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
-    """Yields a sentence for each setting below ``node`` that its ``_target_`` cannot take, outer ones first.
+    """Yields a sentence for each setting below ``node`` that its ``_target_`` cannot take or does not know, outer ones first.
 
     Args:
         node: a config with a ``_target_``, or with nodes that have one.
         nulls: whether null where something belongs counts, and something where null does: constructors often say why.
     """
-    hints = _hints(node)
+    hints, names = _signature(node)
     for name in node:
         try:
             value = node[name]
             suits = name not in hints or fits(value, hints[name])
         except OmegaConfBaseException:  # missing, or refers to what is: said elsewhere
             continue
-        if isinstance(value, DictConfig):
+        if names is not None and name not in names and name[0] != "_":
+            yield unknown(node, name, names)
+        elif isinstance(value, DictConfig):
             yield from wrong_kinds(value, nulls)
         elif isinstance(value, ListConfig) and any(OmegaConf.is_config(part) for part in value):
             for part in value:
@@ -50,14 +53,30 @@ def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
             yield f"{key}={value}: give {kind(hints[name])}{quoted}"
 
 
-def _hints(node: DictConfig) -> dict[str, Any]:
-    """Returns the annotations of what the node's target takes by name; none of one that is not there or says nothing."""
+def unknown(node: DictConfig, name: str, names: Iterable[str] = ()) -> str:
+    """Returns the sentence for a setting that the node's target does not take, of which it takes ``names``."""
+    key, taker = node._get_full_key(name), node._target_.split(".")[-1]
+    value = "" if OmegaConf.is_config(node[name]) else f"={node[name]}"
+    near = get_close_matches(name, names, n=1, cutoff=0.8)
+    advice = f", is it {near[0]}?" if near else f"; ~{key} leaves it out"
+    return f"{key}{value}: {taker} takes no such setting{advice}"
+
+
+def _signature(node: DictConfig) -> tuple[dict[str, Any], list[str] | None]:
+    """Returns the annotations of what the node's target takes by name, and all the names if they are certain.
+
+    There are none of a target that is not there or says nothing. Names are not certain where a target hands on what it does
+    not know: not to its parents alone.
+    """
     if not isinstance(node.get("_target_"), str):
-        return {}
+        return {}, None
     hints: dict[str, Any] = {}
+    names = None
     try:
-        for function in _functions(get_object(node["_target_"])):
+        for number, function in enumerate(_functions(get_object(node["_target_"]))):
             parameters = inspect.signature(function).parameters.values()
+            if number == 0 and all(one.kind is not one.VAR_KEYWORD for one in parameters):
+                names = [one.name for one in parameters]
             told = typing.get_type_hints(function)
             own = {one.name: told[one.name] for one in parameters if one.name in told}
             own |= {one.name: own[one.name] | None for one in parameters if one.name in own and one.default is None}
@@ -65,8 +84,8 @@ def _hints(node: DictConfig) -> dict[str, Any]:
             if all(one.kind is not one.VAR_KEYWORD for one in parameters):
                 break
     except Exception:  # whatever importing it or looking at it raises, building it says so
-        return {}
-    return hints
+        return {}, None
+    return hints, names
 
 
 def _functions(target: Callable[..., Any]) -> Iterator[Callable[..., Any]]:

@@ -34,6 +34,8 @@ class Fork:
     def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str]) -> None:
         self.arguments = arguments
         self._printed = tempfile.TemporaryDirectory()
+        for name in ("out", "error"):
+            (Path(self._printed.name) / name).touch()
         self.pid = _ask(arguments=arguments, cwd=str(cwd), environment=environment | OF_IMPORTS, printed=self._printed.name)
 
     def kill(self) -> None:
@@ -91,7 +93,7 @@ def _become(request: dict) -> str:
     os.setsid()
     for number, name in enumerate(("in", "out", "error")):
         path = os.path.join(request["printed"], name) if number else os.devnull
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_RDWR), number)
     sys.stdin = os.fdopen(0)  # the server's may have read ahead
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -90,6 +90,9 @@ def node(target, **settings):
         ("named", {"name": 5}, "part.name=5: give a word, as part.name='\"5\"'"),
         ("named", {"name": [5]}, "part.name=[5]: give a word"),
         ("make_child", {"rate": 1, "names": "banana"}, "part.names=banana: give a list of words"),
+        ("Parent", {"rate": 1, "sizes": 2}, "part.sizes=2: Parent takes no such setting, is it size?"),
+        ("Parent", {"rate": 1, "x": {"a": 2}}, "part.x: Parent takes no such setting; ~part.x leaves it out"),
+        ("Child", {"rate": 1, "depth": 2}, "part.depth=2: Child takes no such setting; ~part.depth leaves it out"),
     ],
 )
 def test_the_first_wrong_kind_is_named_and_nothing_is_built(target, settings, sentence):
