@@ -154,13 +154,26 @@ class ImageDataModule(LightningDataModule, ABC):
         self.sizes = {split: len(images) for split, images in splits.items()}
         for split, images in splits.items():
             if isinstance(images, Tensor):
-                generator = seeded(self.split_seed, "binarization", split)
-                splits[split] = self.binarization.once(images, generator, split == "train")
+                splits[split] = self.binarization.once(images, self._bits(split), split == "train")
         train = splits["train"]
         if self.flip and isinstance(train, Tensor):
             # mirror images lie ready behind the images, because flipping a gathered batch costs several times the gather
             splits["train"] = torch.cat([train, train.flip(-1)])
         self.splits = splits
+
+    def _bits(self, split: str) -> torch.Generator:
+        return seeded(self.split_seed, "binarization", split)
+
+    def scored(self, split: str) -> Images:
+        """Returns the images of a split as a model is scored on them, after ``setup``: each once, and the same each time.
+
+        What training keeps beside them, mirror images and grey levels to draw bits from, is left out.
+        """
+        images = self.splits[split]
+        if not isinstance(images, Tensor):
+            return images
+        images = images[: self.sizes[split]]
+        return self.binarization.scored(images, self._bits(split)) if split == "train" else images
 
     def check_ranks(self, num: int) -> None:
         """Refuses what ``num`` ranks cannot share, after ``setup``.

@@ -38,6 +38,10 @@ class NoBinarization:
         """Returns a training batch as the model sees it: uint8 (b, C, H, W) -> uint8 (b, C, H, W)."""
         return batch
 
+    def scored(self, kept: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns kept training images as they are scored, always the same: uint8 (n, C, H, W) -> uint8 (n, C, H, W)."""
+        return kept
+
 
 class StaticBinarization(NoBinarization):
     """One draw, made when the data set is read, that all epochs share.
@@ -66,6 +70,10 @@ class DynamicBinarization(StaticBinarization):
     def each_time(self, batch: Tensor, record: BatchRecord) -> Tensor:
         """Returns the drawn batch, values 0 and 1: uint8 (b, C, H, W) -> uint8 (b, C, H, W)."""
         return _below(record.randint(255, tuple(batch.shape[1:]), "binarization"), batch)
+
+    def scored(self, kept: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the draw that static binarisation trains on: uint8 (n, C, H, W) -> uint8 (n, C, H, W)."""
+        return super().once(kept, generator, train=False)
 
 
 def _below(draws: Tensor, grey: Tensor) -> Tensor:

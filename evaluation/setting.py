@@ -5,35 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 from lightning.fabric import Fabric
-from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
 from torch import Tensor
 
+from datamodules import ImageDataModule
+from datamodules.base import Images
 from evaluation.progress import progress
 from evaluation.rows import Rows, gather
 from lightning_modules import LikelihoodModule
+from runs.build import SettingError
 
 
 class SplitImages:
-    """The images of one split, without the mirror images that training keeps behind its own."""
+    """The images of one split as they are scored, which are looked at for levels that the data should not have."""
 
-    def __init__(self, images: Any, num: int) -> None:
-        self.images, self.num = images, num
+    def __init__(self, images: Images, num: int, levels: int | None) -> None:
+        self.images, self.num, self.levels = images, num, levels
 
     @classmethod
-    def of(cls, datamodule: LightningDataModule, split: str) -> SplitImages:
+    def of(cls, datamodule: ImageDataModule, split: str) -> SplitImages:
         """Returns the split's images."""
-        return cls(datamodule.splits[split], datamodule.sizes[split])
+        return cls(datamodule.scored(split), datamodule.sizes[split], datamodule.levels)
 
     def __len__(self) -> int:
         return self.num
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """Returns the images of ``index``."""
-        return self.images.index_select(dim, index)
+        """Returns the images of ``index``.
+
+        Raises:
+            SettingError: for values outside 0..levels-1, which would have a finite bound.
+        """
+        images = self.images.index_select(dim, index)
+        low, high = images.min().item(), images.max().item()
+        if self.levels is not None and not 0 <= low <= high < self.levels:
+            raise SettingError(f"the images hold values {low}..{high}, but the data says 0..{self.levels - 1}")
+        return images
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from datamodules.arrays import find_arrays
 from datamodules.base import ImageBatches
 from datamodules.shards import Manifest, write_split
 from runs.build import SettingError, build_part
+from runs.commands import as_value
 
 HELD_OUT, BATCH = 5000, 128  # num_val and num_test, and batch_size, in conf/data/stream.yaml
 CHUNK = 2**23  # bytes of images that are held at once
@@ -177,17 +179,17 @@ def summary(manifest: Manifest, out: Path) -> str:
     size = sum(shard.bytes for files in manifest.splits.values() for shard in files)
     shape = "x".join(map(str, manifest.image_shape))
     lines = [f"{manifest.name}: {', '.join(parts)} of {shape}, {manifest.levels} levels, {size / 1e6:,.1f} MB in {out}"]
-    stated = "" if manifest.image_shape == (3, 32, 32) else f" 'data.image_shape={list(manifest.image_shape)}'"
-    stated += "" if manifest.levels == 256 else f" data.levels={manifest.levels}"
+    stated = [f"data.root={as_value(str(out))}"]
+    stated += [] if manifest.image_shape == (3, 32, 32) else [f"data.image_shape={list(manifest.image_shape)}"]
+    stated += [] if manifest.levels == 256 else [f"data.levels={manifest.levels}"]
     num = left = manifest.num("train")
     for split in ("val", "test"):
         if split not in manifest.splits:
             held_out = min(HELD_OUT, max(1, num // 10))
             lines.append(f"no {split} images: data=stream holds data.num_{split}={held_out} of the training images out")
-            stated += "" if held_out == HELD_OUT else f" data.num_{split}={held_out}"
+            stated += [] if held_out == HELD_OUT else [f"data.num_{split}={held_out}"]
             left -= held_out
-    stated += "" if left >= BATCH else f" data.batch_size={left}"
-    root = f"./{out}" if str(out).isdigit() else out  # Hydra would take it for a number
+    stated += [] if left >= BATCH else [f"data.batch_size={left}"]
     _, height, width = manifest.image_shape
     fits = height == width >= 32 and height & (height - 1) == 0  # the U-Net of data=stream is CIFAR-10's
-    return "\n".join([*lines, f"python train.py {'' if fits else 'model=vae '}data=stream data.root={root}{stated}"])
+    return "\n".join([*lines, shlex.join(["python", "train.py", *([] if fits else ["model=vae"]), "data=stream", *stated])])

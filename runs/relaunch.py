@@ -16,6 +16,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import flag_override
 
+from runs.commands import config_flags
+
 VARIABLES = (
     "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "SLURM_NTASKS",
 )  # fmt: skip
@@ -36,15 +38,11 @@ def one_job(script: Path, directory: Path, extra: tuple[str, ...] = ()) -> Itera
     hydra = HydraConfig.get()
     environment = {name: os.environ.get(name) for name in VARIABLES}
     arguments, spec, run_directory = list(sys.argv), __main__.__spec__, hydra.run.dir
-    command = ["--config-name", hydra.job.config_name]
-    for source in hydra.runtime.config_sources:
-        if source.schema == "file" and source.provider in ("main", "command-line"):
-            command += ["--config-path" if source.provider == "main" else "--config-dir", source.path]
     own = [item for item in hydra.overrides.hydra if not item.lstrip("+~").startswith(OF_THE_SWEEP)]
     if environment["SLURM_NTASKS"] == "1":  # one task a job, as conf/hydra/launcher/slurm.yaml has it:
         del os.environ["SLURM_NTASKS"]  # Lightning would wait for SLURM to start the other ranks
     try:
-        sys.argv = [str(script), *command, *hydra.overrides.task, *own, *extra]
+        sys.argv = [str(script), *config_flags(), *hydra.overrides.task, *own, *extra]
         __main__.__spec__ = None  # or Lightning would run the worker's module
         with flag_override(hydra, ["readonly", "struct"], False):
             hydra.run.dir = str(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 from callbacks import all_finite
 from datamodules import ImageDataModule
 from runs.build import SettingError, flatten
+from runs.commands import as_value, config_flags
 from runs.devices import is_child_rank
 from runs.directory import LAST, claim, read_checkpoint
 
@@ -204,7 +204,5 @@ def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -
 def resume_command(directory: Path) -> str:
     """Returns the command that continues this job in its own directory."""
     overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("ckpt=")]
-    place = str(directory)
-    if not re.fullmatch(r"[\w ./-]+", place, re.ASCII):  # Hydra has a grammar of its own
-        place = "'" + place.replace("'", r"\'") + "'"
-    return shlex.join(["python", sys.argv[0], *overrides, f"hydra.run.dir={place}", "ckpt=last"])
+    place = f"hydra.run.dir={as_value(str(directory))}"
+    return shlex.join(["python", sys.argv[0], *config_flags(), *overrides, place, "ckpt=last"])

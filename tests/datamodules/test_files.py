@@ -152,7 +152,8 @@ def test_static_bits_are_fixed_and_dynamic_bits_are_redrawn_in_training_only(idx
         assert torch.equal(first, epoch_images(data, train, 0))
         assert torch.equal(epoch_images(data, val, 0), epoch_images(data, val, 1))
         assert first.max() == 1
-    assert all(torch.equal(static.splits[split], dynamic.splits[split]) for split in ("val", "test"))
+    assert all(torch.equal(static.scored(split), dynamic.scored(split)) for split in ("train", "val", "test"))
+    assert torch.equal(static.scored("train"), static.splits["train"])
     assert torch.equal(dynamic.splits["test"], other.splits["test"])
     assert not torch.equal(
         epoch_images(dynamic, dynamic.train_dataloader(), 0), epoch_images(other, other.train_dataloader(), 0)

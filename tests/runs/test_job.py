@@ -320,8 +320,14 @@ def signalled(number, command_line, tmp_path, beyond=0):
 
 
 def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp_path):
-    """First Ctrl-C, then SIGTERM, then to the end."""
+    """First Ctrl-C, then SIGTERM, then to the end; with a schedule of one's own."""
+    own = tmp_path / "my own" / "model" / "schedule"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("_target_: diffusion.cosine\n_partial_: true\ns: 0.01\n")
     command_line = [
+        "--config-dir",
+        "my own",
+        "model/schedule=mine",
         *QUICK,
         *SMALL_DDPM,
         "logger=csv",

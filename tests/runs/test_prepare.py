@@ -55,7 +55,7 @@ def test_the_command_writes_published_downsampled_imagenet(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "sets"]
 
 
-@pytest.mark.parametrize(("shape", "levels", "num", "name"), [((1, 8, 8), 17, 40, "set"), ((3, 5, 7), 256, 400, "2026")])
+@pytest.mark.parametrize(("shape", "levels", "num", "name"), [((1, 8, 8), 17, 40, "my set (1)"), ((3, 5, 7), 256, 400, "2026")])
 def test_the_command_that_is_printed_trains(shape, levels, num, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
