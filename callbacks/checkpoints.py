@@ -35,9 +35,12 @@ def diverged(what: str, step: int) -> FloatingPointError:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every value of every floating-point tensor is finite, of this rank's part where they are sharded."""
-    local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
-    finite = [torch.isfinite(tensor).all() for tensor in local if tensor.is_floating_point()]
-    return not finite or bool(torch.stack(finite).all())  # waits for the device once
+    finite: dict[torch.device, list[Tensor]] = {}  # what is gathered of shards lies on the CPU, and they do not
+    for tensor in tensors:
+        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if own.is_floating_point():
+            finite.setdefault(own.device, []).append(torch.isfinite(own).all())
+    return all(bool(torch.stack(of_one).all()) for of_one in finite.values())  # waits for each device once
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.checkpoints import run_checkpoint
+from lightning_modules import LikelihoodModule
 from lightning_modules.sharding import sharded_parts
 
 PATIENCE = 10.0  # seconds: SLURM may send a signal to a task twice, by srun and by itself
@@ -85,7 +86,7 @@ class StopTogether(StopsBehindBatches):
             self._asked, self._since = number, time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LikelihoodModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends training behind this batch, if a rank was asked to."""
         step = trainer.global_step
@@ -95,6 +96,7 @@ class StopTogether(StopsBehindBatches):
         asked = torch.tensor(float(self._asked), device=pl_module.device)
         agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
         if agreed:
+            pl_module.before_stop()
             self._stop(trainer, agreed)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -44,15 +44,24 @@ class StepProfile(nn.Module):
         self._sums[1].index_add_(0, t, torch.ones_like(step_kl, dtype=torch.float32))
 
     @torch.no_grad()
-    def refresh(self, strategy) -> None:
-        """Makes the proposal from what all ranks recorded (``strategy.reduce`` sums over ranks); does nothing before that.
+    def share(self, strategy) -> Tensor | None:
+        """Gives rank 0 the sums of all ranks, for its checkpoint to hold them, and returns them (``strategy.reduce`` adds up).
 
-        Twice in a row it makes the same. The sums of all ranks are rank 0's from here on, for its checkpoint to hold them.
+        The others begin anew. ``None`` before anything is recorded. Every rank must call this.
         """
         if self._sums is None:
-            return
-        square, count = total = strategy.reduce(self._sums.clone(), reduce_op="sum")
+            return None
+        total = strategy.reduce(self._sums.to(self.proposal.device, copy=True), reduce_op="sum")
         self._sums = total.clone() if strategy.is_global_zero else torch.zeros_like(total)
+        return total
+
+    @torch.no_grad()
+    def refresh(self, strategy) -> None:
+        """Makes the proposal from what all ranks recorded; does nothing before that, and the same twice in a row."""
+        total = self.share(strategy)
+        if total is None:
+            return
+        square, count = total
         self._fading = True
         seen = (count[2:] > 0) & square[2:].isfinite()
         if not seen.any():
@@ -68,7 +77,7 @@ class StepProfile(nn.Module):
         """Takes what :meth:`recorded` returned on rank 0."""
         sums = recorded["sums"]
         if sums is not None:
-            self._sums = (sums if strategy.is_global_zero else torch.zeros_like(sums)).to(self.proposal.device)
+            self._sums = sums if strategy.is_global_zero else torch.zeros_like(sums)
         self._fading = recorded["fading"]
 
 

@@ -184,6 +184,9 @@ class LikelihoodModule(LightningModule, ABC):
                 scheduler.base_lrs[index] = group["initial_lr"] = given["lr"]
                 group["lr"] = given["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
 
+    def before_stop(self) -> None:
+        """Called on every rank when all have agreed to stop behind this batch: gives rank 0 what its checkpoint is to hold."""
+
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Sets Lightning's count of steps, which numbers the rows of validation: resumed amid an epoch it may be too high."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step

@@ -240,6 +240,10 @@ class DDPMLightningModule(LikelihoodModule):
         """Turns the steps' KLs seen in training into the proposal that validation draws t from."""
         self.step_profile.refresh(self.trainer.strategy)
 
+    def before_stop(self) -> None:
+        """Gives rank 0 the steps' KLs that all ranks have seen since the last validation."""
+        self.step_profile.share(self.trainer.strategy)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the proposal of the next validation follows from."""
         checkpoint["step_profile"] = self.step_profile.recorded()

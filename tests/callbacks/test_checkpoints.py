@@ -1,5 +1,6 @@
 """A run that has diverged says so early, and leaves nothing on disk that cannot be gone on from."""
 
+import math
 import signal
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.checkpoints import WholeFiles
+from callbacks.checkpoints import WholeFiles, all_finite
 from lightning_modules import VAELightningModule
 from runs.build import SettingError
 from tests.jobs import result, run_here
@@ -115,3 +116,24 @@ class Counts(Callback):
 def test_a_state_that_could_not_be_read_again_is_refused_when_it_is_written(tmp_path):
     with pytest.raises(SettingError, match=r"part 'Counts' holds numpy\.\S+, which weights_only=True does not read"):
         run_here(tmp_path, *JOB, "+callbacks.counts._target_=tests.callbacks.test_checkpoints.Counts")
+
+
+class OnGpu(torch.Tensor):
+    """Says that it lies elsewhere."""
+
+    device = torch.device("cuda")
+
+
+def test_weights_of_several_devices_are_looked_at_device_by_device(monkeypatch):
+    """A rank's shards lie on its GPU, what is gathered for the file on the CPU."""
+    stack = torch.stack
+
+    def on_one_device(tensors):
+        assert len({tensor.device for tensor in tensors}) == 1
+        return stack(tensors)
+
+    monkeypatch.setattr(torch, "stack", on_one_device)
+    here, there, wrong = torch.ones(3), torch.ones(3).as_subclass(OnGpu), torch.tensor([1.0, math.nan])
+    assert all_finite([here, there, torch.ones(3, dtype=torch.int64)])
+    assert not all_finite([here, there, wrong])
+    assert not all_finite([wrong.as_subclass(OnGpu), here])

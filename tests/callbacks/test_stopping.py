@@ -19,6 +19,15 @@ RANKS = SimpleNamespace(
 )
 MODULE = torch.nn.Linear(1, 1)
 MODULE.device = torch.device("cpu")
+MODULE.told = 0
+
+
+def before_stop():
+    assert not RANKS._signal_connector.received_sigterm
+    MODULE.told += 1
+
+
+MODULE.before_stop = before_stop
 
 
 @pytest.fixture
@@ -40,6 +49,7 @@ def test_a_signal_that_is_sent_twice_is_one_request(callback):
     callback.on_train_batch_end(RANKS, MODULE, None, None, 0)
     assert callback.stopped_by == signal.SIGTERM
     assert RANKS._signal_connector.received_sigterm
+    assert MODULE.told == 1  # before anything is saved
 
 
 def test_a_rank_that_hangs_is_ended_by_a_later_one(monkeypatch):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -50,6 +52,37 @@ def test_proposal_follows_the_recorded_moments_and_inverts_unbiased():
     assert estimate.mean().item() == pytest.approx(truth[2:].sum().item(), abs=4 * estimate.std().item() / 200_000**0.5)
     plain = truth[torch.randint(2, 51, (200_000,))] * 49
     assert estimate.std() < plain.std() / 3  # what importance is for
+
+
+def test_what_ranks_have_seen_before_a_stop_is_in_the_checkpoint_of_the_first():
+    """Two ranks, stopped half-way: the proposal is the one of ranks that were not."""
+    halves = [[(low_discrepancy(40, 9, CPU), torch.rand(40)) for _ in range(2)] for _ in range(2)]
+    whole = [StepProfile(9), StepProfile(9)]
+    for profile, seen in zip(whole, halves, strict=True):
+        for t, kl in seen:
+            profile.record(t, kl)
+    first, second = StepProfile(9), StepProfile(9)
+    for profile, seen in zip((first, second), halves, strict=True):
+        profile.record(*seen[0])
+    together(first, second, "share")
+    kept = first.recorded()
+    first, second = StepProfile(9), StepProfile(9)
+    for rank, (profile, seen) in enumerate(zip((first, second), halves, strict=True)):
+        profile.restore(kept, SimpleNamespace(is_global_zero=rank == 0))
+        profile.record(*seen[1])
+    together(*whole, "refresh")
+    together(first, second, "refresh")
+    torch.testing.assert_close(first.proposal, whole[0].proposal)
+    torch.testing.assert_close(second.proposal, whole[0].proposal)
+    assert whole[0].proposal.std() > 0
+
+
+def together(first, second, method):
+    """Calls a method of two ranks' profiles, whose sums are added up."""
+    total = first.recorded()["sums"] + second.recorded()["sums"]
+    for rank, profile in enumerate((first, second)):
+        strategy = SimpleNamespace(is_global_zero=rank == 0, reduce=lambda mine, reduce_op: total.clone())
+        getattr(profile, method)(strategy)
 
 
 def test_proposal_is_uniform_before_anything_was_seen_and_survives_nans():
