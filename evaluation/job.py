@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
@@ -21,6 +22,7 @@ from evaluation.saved import SavedRun
 from evaluation.setting import Setting, SplitImages
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from runs.build import SettingError, build_part
+from runs.devices import round_float32
 from runs.job import quiet_libraries
 from runs.settings import MANY_RANKS
 
@@ -48,7 +50,7 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
     saved.load(model, chosen[0])
     fabric = build_fabric(cfg.fabric)
     fabric.launch()
-    model = model.to(fabric.device).eval()
+    model = model.to(fabric.device, torch.float64 if str(cfg.fabric.precision).startswith("64") else None).eval()
     results, pictures, interrupted = {}, {}, False
     for weights in chosen:
         saved.load(model, weights)
@@ -168,7 +170,9 @@ def build_fabric(cfg: DictConfig) -> Fabric:
     """Builds Fabric; devices and precisions that do not exist here are refused in one sentence."""
     if "true" in str(cfg.precision) and not str(cfg.precision).startswith(("32", "64")):
         raise SettingError(f"fabric.precision={cfg.precision} is not supported: choose bf16-mixed or 32-true")
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    round_float32("fabric", settings.pop("float32_matmul_precision"))
     try:
-        return Fabric(**OmegaConf.to_container(cfg, resolve=True))
+        return Fabric(**settings)
     except Exception as error:
         raise SettingError(f"fabric: {' '.join(str(error).split())}") from error

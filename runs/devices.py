@@ -66,24 +66,31 @@ def make_trainer(float32_matmul_precision: str = "highest", **settings: Any) -> 
     Raises:
         SettingError: for hardware or an environment that is not there.
     """
-    if float32_matmul_precision not in ("highest", "high", "medium"):
-        raise SettingError(
-            f"trainer.float32_matmul_precision={float32_matmul_precision}: choose highest, high (TF32) or medium (bfloat16)"
-        )
     _check_hardware(settings)
     if not torch.cuda.is_available():
         # Lightning has NVML asked whether there is a GPU, for the sake of processes that fork; every optimiser step asks again,
         # and where there is no driver takes 0.2 ms to be told so
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     settings["profiler"] = settings.get("profiler") or Unprofiled()
-    torch.set_float32_matmul_precision(float32_matmul_precision)
-    torch.backends.cudnn.allow_tf32 = float32_matmul_precision != "highest"  # PyTorch's default rounds convolutions in any case
+    round_float32("trainer", float32_matmul_precision)
     if SLURMEnvironment.detect():
         settings.setdefault("plugins", [SLURMEnvironment(auto_requeue=False)])
     if settings.get("enable_checkpointing", True) and not settings.get("fast_dev_run"):  # else there is nothing to stop for
         together = StopTogether(requeue=_in_slurm(settings))
         settings["callbacks"] = [*(settings.get("callbacks") or []), together]
     return Trainer(**settings)
+
+
+def round_float32(group: str, precision: str) -> None:
+    """Sets how products and convolutions in float32 are computed, where the hardware has a choice: see :func:`make_trainer`.
+
+    Raises:
+        SettingError: for an unknown precision, naming the setting of ``group``.
+    """
+    if precision not in ("highest", "high", "medium"):
+        raise SettingError(f"{group}.float32_matmul_precision={precision}: choose highest, high (TF32) or medium (bfloat16)")
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"  # PyTorch's default rounds convolutions in any case
 
 
 def _in_slurm(settings: dict[str, Any]) -> bool:

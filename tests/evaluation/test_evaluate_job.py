@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 import evaluation.estimate
 import evaluation.extras
+from lightning_modules import LikelihoodModule
 from runs.build import SettingError, build_part
 from tests.data_files import pictures, write_folder
 from tests.evaluation.evaluations import CPU, QUICK, evaluate_here, record, refuse_constant
@@ -195,6 +196,34 @@ def test_bf16_moves_the_figure_by_less_than_a_thousandth(name, estimator, runs, 
     # 1e-3 at the 3.3 bits/dim of a modest model; the chain of 8 barely trained steps reads 12
     assert one == pytest.approx(other, rel=3e-4)
     assert record(run)["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("name", ["vae", "ddpm"])
+def test_what_is_recorded_as_float64_was_computed_in_it(name, runs, tmp_path, monkeypatch):
+    run, seen, to_unit = runs.copy(name, tmp_path), set(), LikelihoodModule.to_unit
+
+    def look(self, x):
+        seen.update({to_unit(self, x).dtype, *(parameter.dtype for parameter in self.parameters())})
+        return to_unit(self, x)
+
+    monkeypatch.setattr(LikelihoodModule, "to_unit", look)
+    figures = [evaluate_here(run, "replicates=2", "max_images=40", "iwae_samples=2", *QUICK)[0]]
+    assert seen == {torch.float32}
+    seen.clear()
+    figures += [evaluate_here(run, "fabric.precision=64-true", "replicates=2", "max_images=40", "iwae_samples=2", *QUICK)[0]]
+    assert seen == {torch.float64}
+    assert record(run)["precision"] == "64-true"
+    assert figures[0] == pytest.approx(figures[1], abs=6 * record(run)["bpd_se_noise"])
+
+
+def test_products_and_convolutions_are_in_float32_unless_that_is_asked_for(runs, tmp_path):
+    run = runs.copy("vae", tmp_path)
+    try:
+        evaluate_here(run, "fabric.float32_matmul_precision=high", "max_images=2", "replicates=2", *QUICK)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        evaluate_here(run, "max_images=2", "replicates=2", *QUICK)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
 
 
 def test_an_error_of_one_image_is_not_known(tmp_path, capsys):

@@ -79,6 +79,7 @@ def test_an_estimate_that_is_not_finite_is_no_figure(runs, tmp_path, monkeypatch
         ("vae", ["fabric.precision=half"], "precision"),
         ("vae", ["fabric.precision=bf16-true"], "bf16-mixed"),
         ("vae", ["fabric.accelerator=tpu"], "fabric"),
+        ("vae", ["fabric.float32_matmul_precision=tf32"], "fabric.float32_matmul_precision=tf32: choose highest"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_sentence_before_any_work(name, overrides, sentence, runs, capsys):
