@@ -58,8 +58,9 @@ class Pictures(Callback):
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(0)
             self._samples(trainer, pl_module, "final", tested_step(trainer))
-            x = pl_module.on_before_batch_transfer(next(iter(trainer.test_dataloaders)), 0)
-            x = x[:PROFILE_IMAGES].to(pl_module.device)
+            first = torch.arange(min(PROFILE_IMAGES, trainer.datamodule.sizes["test"]))  # on however many ranks
+            x = trainer.datamodule.scored("test").index_select(0, first)
+            x = pl_module.on_before_batch_transfer(x, 0).to(pl_module.device)
             if hasattr(pl_module, "reconstruct") and pl_module.levels is not None:
                 self._reconstructions(trainer, pl_module, x[: max(1, self.num // 2)])
             self._profile(trainer, pl_module, x)

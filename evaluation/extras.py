@@ -45,8 +45,7 @@ def draw(setting: Setting, bound: Bound, levels: list[LevelBalance]) -> dict[str
         pictures["kl_per_unit"] = draw_units(levels)
     if model.levels is not None:
         bits = nats_to_bits_per_dim(-bound.values.mean(1), model.num_dims)
-        images = setting.images.index_select(0, bound.order)
-        pictures["bits_per_image"] = draw_images(bits, images, model.levels, setting.cfg.split)
+        pictures["bits_per_image"] = draw_images(bits, setting.images, bound.order, model.levels, setting.cfg.split)
     return pictures
 
 

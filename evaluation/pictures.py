@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from callbacks.pictures import grid, label_decades
+from datamodules.base import Images
 from evaluation.balance import ACTIVE, LevelBalance
 from evaluation.profile import StepMoments, rate_and_distortion
 from losses.elbo import nats_to_bits_per_dim
@@ -83,8 +84,16 @@ def draw_units(levels: Sequence[LevelBalance]) -> plt.Figure:
     return figure
 
 
-def draw_images(bits: Tensor, images: Tensor, levels: int, split: str) -> plt.Figure:
-    """Returns a histogram of the images' bits/dim, with the cheapest and the dearest images: (N,), (N, C, H, W)."""
+def draw_images(bits: Tensor, images: Images, places: Tensor, levels: int, split: str) -> plt.Figure:
+    """Returns a histogram of images' bits/dim, with the cheapest and the dearest images.
+
+    Args:
+        bits: of each image, (N,).
+        images: the split, of which those that are shown are read.
+        places: where in it each image is, (N,).
+        levels: number of values that a pixel takes.
+        split: its name.
+    """
     order = bits.argsort()
     figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.4), width_ratios=[1.5, 1, 1], layout="constrained")
     axes[0].hist(bits.numpy(), bins=min(40, max(8, int(math.sqrt(len(bits)) * 2))), color=BLUE)
@@ -93,7 +102,7 @@ def draw_images(bits: Tensor, images: Tensor, levels: int, split: str) -> plt.Fi
     axes[0].legend(fontsize=8)
     axes[0].set_title(f"{len(bits)} {split} images", fontsize=9)
     for axis, chosen, name in ((axes[1], order[:SHOWN], "lowest"), (axes[2], order[-SHOWN:].flip(0), "highest")):
-        canvas = grid(images[chosen], levels, columns=4)
+        canvas = grid(images.index_select(0, places[chosen]), levels, columns=4)
         axis.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_axis_off()
         axis.set_title(f"{name}: {', '.join(f'{bits[i]:.2f}' for i in chosen)}", fontsize=7)

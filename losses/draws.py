@@ -95,10 +95,8 @@ def _own_rows(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...])
         return draw(shape)
     # k entries of one example lie together (several steps of one image in one network batch), in the global batch too
     own = _rows.stop - _rows.start
-    if shape[0] % own:
-        return draw(shape)
-    k = shape[0] // own  # not divmod, at which torch.compile breaks the graph
-    return draw((k * _rows.total, *shape[1:]))[k * _rows.start : k * _rows.stop]
+    k = -(-shape[0] // max(own, 1))  # not divmod, at which torch.compile breaks the graph; rounded up for a part of the rows
+    return draw((k * _rows.total, *shape[1:]))[k * _rows.start :][: shape[0]]
 
 
 def global_batch(batch: int) -> int:

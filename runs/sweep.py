@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import traceback
 from collections import Counter
@@ -179,6 +180,7 @@ class SweepReport(Callback):
     Attributes:
         latest: the report of the sweep that this process runs; ``None`` before it has begun.
         failed: whether a job of it is not done: then the exit code is not 0.
+        searches: whether its jobs are chosen as it goes.
     """
 
     latest: ClassVar[SweepReport | None] = None
@@ -191,7 +193,8 @@ class SweepReport(Callback):
         self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         self.planned: list[Path] = []
         self.impossible: set[tuple[str, ...]] = set()
-        if is_search(config.hydra.sweeper):
+        self.searches = is_search(config.hydra.sweeper)
+        if self.searches:
             if config.sweep.fresh and (self.directory / STUDY).exists():
                 _move_aside(self.directory / STUDY)
             # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies
@@ -271,10 +274,12 @@ def run_sweep(main: Callable[[], object]) -> int:
         SweepReport.latest.summarise()
         print("interrupted; the same command goes on", flush=True)
         return INTERRUPTED
-    except ValueError:  # the plugin looks for the best trial of a search that may have none
+    except ValueError as error:
         if SweepReport.latest is None or SweepReport.latest.done():
             raise
         SweepReport.latest.summarise()
+        if not SweepReport.latest.searches:  # the plugin looks for the best trial of a search, and there may be none
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return int(SweepReport.latest is not None and SweepReport.latest.failed)
 
 

@@ -24,6 +24,21 @@ def test_ranks_together_draw_what_one_device_draws(bounds, repeats):
         assert torch.equal(one, torch.cat(many))
 
 
+@pytest.mark.parametrize("num", [1, 3, 5, 7])
+def test_ranks_that_draw_for_some_of_their_rows_draw_different_numbers(num):
+    drawn = []
+    for start, stop in ((0, 4), (4, 8)):
+        torch.manual_seed(1)
+        with rows_of_global_batch(Rows(start, stop, 8)):
+            drawn.append(randn_like(torch.zeros(num, 5)))
+            after = torch.rand(())
+        assert drawn[-1].shape == (num, 5)
+        drawn.append(after)
+    first, after_first, second, after_second = drawn
+    assert after_first == after_second  # their generators stay in step
+    assert torch.cat([first, second]).unique().numel() == 2 * first.numel()
+
+
 def test_stratified_draws_spread_evenly_and_each_row_sees_all_of_the_interval():
     draws = torch.stack([stratified(50, torch.device("cpu")) for _ in range(400)])
     spread = draws.sort(1).values

@@ -298,3 +298,12 @@ def test_a_combination_that_makes_no_config_stops_no_other(tmp_path):
     (place,) = sweep.glob("refused-*")
     assert json.loads((place / "job.json").read_text())["status"] == "failed"
     assert [path.parent.name.split("-")[0] for path in sweep.glob("*/result.json")] == ["ddpm"]
+
+
+def test_what_a_launcher_refuses_is_said(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = command("-m", *JOB, "seed=0,1", "hydra/launcher=cores", "hydra.launcher.n_jobs=0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "0 of 2 jobs done, 2 not started" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert re.match("error: .*n_jobs", line)
