@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torchvision import datasets
 
@@ -62,7 +63,7 @@ class FileDataModule(ImageDataModule):
         """Downloads the files to ``root / folder``."""
 
     def prepare_data(self) -> None:
-        """Downloads the files if they are missing; Lightning calls it on one rank only."""
+        """Downloads the files if they are missing; of ranks that begin together one does, and the others wait for it."""
         if not self._look()[1]:
             return
         if not self.download:
@@ -70,17 +71,21 @@ class FileDataModule(ImageDataModule):
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(TIMEOUT)
         try:
-            self.fetch()
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / f".{self.name}.lock"):
+                if self._look()[1]:
+                    self.fetch()
         except (OSError, RuntimeError) as error:
             raise self._missing(f"or set data.root to where they are, since the download failed: {_reason(error)}") from None
         finally:
             socket.setdefaulttimeout(timeout)
 
     def load(self) -> dict[str, Tensor]:
-        """Reads the splits, each uint8 (n, C, H, W)."""
+        """Reads the splits, each uint8 (n, C, H, W), once they are there: this may be a rank that prepares nothing."""
+        self.prepare_data()
         folder, missing = self._look()
         if missing:
-            raise self._missing("or set data.root to where they are, or data.download=true")
+            raise self._missing("or set data.root to where they are")
         train, test = (self._read_all(folder, names) for names in (self.train_files, self.test_files))
         if self.num_val >= len(train):
             raise ValueError(f"data.num_val={self.num_val}: {self.name} has only {len(train)} training images; hold out fewer")

@@ -137,7 +137,10 @@ def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: ImageDataModu
 
 
 def load_data(cfg: DictConfig) -> ImageDataModule:
-    """Builds the data module and reads the data now: what is missing is said before anything else is built."""
+    """Builds the data module and reads the data now: what is missing is said before anything else is built.
+
+    By any rank: the first may have found what another node has not.
+    """
     datamodule = build_part(cfg)
     if not isinstance(datamodule, ImageDataModule):
         raise SettingError(
@@ -149,7 +152,7 @@ def load_data(cfg: DictConfig) -> ImageDataModule:
         datamodule.setup()
         datamodule.train_dataloader()  # refuses a batch larger than the data here, not in the middle of fit
     except (ValueError, OSError) as error:
-        raise SettingError(" ".join(str(error).split())) from error
+        raise (RankError if is_child_rank() else SettingError)(" ".join(str(error).split())) from error
     return datamodule
 
 

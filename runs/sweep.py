@@ -184,7 +184,7 @@ class SweepReport(Callback):
     """
 
     latest: ClassVar[SweepReport | None] = None
-    failed = False
+    failed = searches = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the plan: every job of a grid, or what is left of a search, which chooses its jobs as it goes."""

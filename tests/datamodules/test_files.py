@@ -5,6 +5,7 @@ import pickle
 import socket
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -176,6 +177,25 @@ def test_missing_files_without_network(tmp_path, monkeypatch, cls, download):
     assert all(name in message for name in (*cls.train_files, *cls.test_files, "data.root", cls.name))
     assert ("Name or service not known" in message) if download else ("data.download=true" in message)
     assert socket.getdefaulttimeout() is None
+
+
+def test_of_ranks_that_begin_together_one_downloads_and_the_others_wait_for_it(tmp_path, monkeypatch):
+    begun = []
+
+    def fetch(self):
+        begun.append(self)
+        write_idx(self.root / "MNIST/raw/train-images-idx3-ubyte", pictures(50, 28, 28))
+        time.sleep(0.5)  # half of it is there
+        write_idx(self.root / "MNIST/raw/t10k-images-idx3-ubyte", pictures(21, 28, 28))
+
+    monkeypatch.setattr(MNISTDataModule, "fetch", fetch)
+    settings = GREY | {"binarization": NoBinarization(), "download": True, "root": str(tmp_path / "data")}
+    ranks = [MNISTDataModule(**settings) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        wait = [pool.submit(rank.setup) for rank in ranks]  # without prepare_data, which is not called on all of them
+    assert [one.exception() for one in wait] == [None] * 4
+    assert len(begun) == 1
+    assert all(torch.equal(rank.splits["train"], ranks[0].splits["train"]) for rank in ranks)
 
 
 def test_only_what_is_missing_is_named(idx):
