@@ -24,12 +24,10 @@ class ImportanceWeighted:
         bounds: (N,) float64, nats.
         effective: effective number of the K draws, (Σw)²/Σw², (N,): near 1 when one draw carries the sum, and the bound is
             then far below ln p(x).
-        samples: K.
     """
 
     bounds: Tensor
     effective: Tensor
-    samples: int
 
 
 def importance_weighted(model: LikelihoodModule, rows: Rows, fabric: Fabric, batch_size: int, done) -> ImportanceWeighted:
@@ -53,4 +51,4 @@ def importance_weighted(model: LikelihoodModule, rows: Rows, fabric: Fabric, bat
     if fabric.world_size > 1:
         sums = fabric.all_gather(sums).cpu().logsumexp(0)
     bounds = sums[0] - math.log(rows.replicates)
-    return ImportanceWeighted(bounds, torch.exp(2 * sums[0] - sums[1]), rows.replicates)
+    return ImportanceWeighted(bounds, torch.exp(2 * sums[0] - sums[1]))

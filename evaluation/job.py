@@ -171,6 +171,8 @@ def build_fabric(cfg: DictConfig) -> Fabric:
     if "true" in str(cfg.precision) and not str(cfg.precision).startswith(("32", "64")):
         raise SettingError(f"fabric.precision={cfg.precision} is not supported: choose bf16-mixed or 32-true")
     settings = OmegaConf.to_container(cfg, resolve=True)
+    if settings["accelerator"] == "auto" and torch.backends.mps.is_available():
+        settings["accelerator"] = "cpu"  # Apple's GPUs have no float64, in which an evaluation adds up
     round_float32("fabric", settings.pop("float32_matmul_precision"))
     try:
         return Fabric(**settings)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,6 +23,14 @@ class ElboMetric(Metric):
         super().__init__()
         for name, size in (("total", len(TERMS)), ("square", len(TERMS)), ("count", 1)):
             self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **settings: Any) -> ElboMetric:
+        """Moves the sums to where ``fn`` moves a tensor, in float32 to Apple's GPUs, which have no float64."""
+        if fn(torch.zeros(1)).device.type == "mps":
+            for name, default in self._defaults.items():
+                self._defaults[name] = default.float()
+                setattr(self, name, getattr(self, name).float())
+        return super()._apply(fn, *args, **settings)
 
     def update(self, elbo: Elbo) -> None:
         """Adds a batch of per-example terms."""

@@ -1,4 +1,4 @@
-r"""Markovian hierarchical VAE: p(z_T) p(x|z_1) Π_{t=2}^T p(z_{t-1}|z_t), and.
+r"""Markovian hierarchical VAE: p(z_T) p(x|z_1) Π_{t=2}^T p(z_{t-1}|z_t), and q(z_1..z_T|x).
 
 .. math::  ELBO(x) = E_q[\ln p(x|z_1)] - KL(q(z_T|·) ‖ N(0, I)) - Σ_{t=1}^{T-1} (KL \text{ of } z_t)
 

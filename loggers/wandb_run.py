@@ -109,7 +109,7 @@ def wandb_logger(
         project: W&B project.
         name: run name.
         group: runs to compare.
-        job_type: train, eval or sample.
+        job_type: what W&B files the run under.
         tags: the choices made.
         entity: W&B user or team.
         mode: online, offline, disabled or shared; by default see :func:`choose_mode`.

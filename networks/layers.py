@@ -55,7 +55,7 @@ def soft_clamp(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def run_in_full_precision(head: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-    """Returns ``head(h)`` outside of mixed precision, in float32 or better.
+    """Returns ``head(h)`` outside of mixed precision, in float32 (TF32 where that is asked for) or better.
 
     For what ends a network with an image's parameters. bfloat16 has eight bits: as the last rounding of x̂_0, or of a mean, it
     costs up to 0.1 bits/dim where the likelihood is sharp, however well the network is trained.

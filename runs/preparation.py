@@ -21,9 +21,8 @@ from datamodules.arrays import find_arrays
 from datamodules.base import ImageBatches
 from datamodules.shards import Manifest, write_split
 from runs.build import SettingError, build_part
-from runs.commands import as_value
+from runs.commands import CONF, as_value
 
-HELD_OUT, BATCH = 5000, 128  # num_val and num_test, and batch_size, in conf/data/stream.yaml
 CHUNK = 2**23  # bytes of images that are held at once
 
 
@@ -182,14 +181,15 @@ def summary(manifest: Manifest, out: Path) -> str:
     stated = [f"data.root={as_value(str(out))}"]
     stated += [] if manifest.image_shape == (3, 32, 32) else [f"data.image_shape={list(manifest.image_shape)}"]
     stated += [] if manifest.levels == 256 else [f"data.levels={manifest.levels}"]
+    usual = OmegaConf.load(CONF / "data" / "stream.yaml")
     num = left = manifest.num("train")
     for split in ("val", "test"):
         if split not in manifest.splits:
-            held_out = min(HELD_OUT, max(1, num // 10))
+            held_out = min(usual[f"num_{split}"], max(1, num // 10))
             lines.append(f"no {split} images: data=stream holds data.num_{split}={held_out} of the training images out")
-            stated += [] if held_out == HELD_OUT else [f"data.num_{split}={held_out}"]
+            stated += [] if held_out == usual[f"num_{split}"] else [f"data.num_{split}={held_out}"]
             left -= held_out
-    stated += [] if left >= BATCH else [f"data.batch_size={left}"]
+    stated += [] if left >= usual.batch_size else [f"data.batch_size={left}"]
     _, height, width = manifest.image_shape
     fits = height == width >= 32 and height & (height - 1) == 0  # the U-Net of data=stream is CIFAR-10's
     return "\n".join([*lines, shlex.join(["python", "train.py", *([] if fits else ["model=vae"]), "data=stream", *stated])])

@@ -80,7 +80,7 @@ def check_settings(cfg: DictConfig) -> None:
 
 
 def _given(cfg: DictConfig, name: str) -> Any:
-    """Returns a setting's value; ``False`` twice over, if there is no such setting."""
+    """Returns whether there is such a setting, and its value."""
     missing = object()
     value = OmegaConf.select(cfg, name, default=missing)
     return (False, None) if value is missing else (True, value)

@@ -183,7 +183,6 @@ def test_pieces_change_nothing(name):
         pieces = importance_weighted(model, rows, cpu(), batch_size, done.append)
         torch.testing.assert_close(pieces.bounds, whole.bounds, rtol=0, atol=1e-10)
         torch.testing.assert_close(pieces.effective, whole.effective, rtol=1e-9, atol=0)
-        assert pieces.samples == 11
     assert sum(done) == 4 * len(rows)
 
 
