@@ -16,14 +16,11 @@ import yaml
 
 from runs.build import SettingError, flatten
 from runs.directory import CONFIG, RESULT
+from runs.identity import DEFINES, INCIDENTAL
 from runs.sweep import STATE
 
 LEVELS, EVALUATION = "plots/kl_per_level.csv", "evaluation.json"
-SETTINGS = ("model", "data", "trainer", "callbacks", "seed")  # of a config, what figures depend on
-INCIDENTAL = (
-    "data.root", "data.seed", "data.download", "trainer.enable_progress_bar",
-    "callbacks.pictures", "callbacks.progress", "callbacks.vitals", "callbacks.seeding.seed",
-)  # fmt: skip
+REPEATED = ("data.seed", "callbacks.seeding.seed")  # the run's seed, which tells runs of a group apart
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error, yaml.YAMLError)
 
 
@@ -139,7 +136,7 @@ def read_run(directory: Path) -> Run:
     parts = [config.get(name) for name in ("model", "data")] if isinstance(config, dict) else [None]
     if not all(isinstance(part, dict) and "_target_" in part for part in parts):
         raise ValueError(f"{CONFIG} is not that of a run")
-    settings = {key: value for name in SETTINGS for key, value in flatten(config.get(name), name) if not _incidental(key)}
+    settings = {key: value for name in DEFINES for key, value in flatten(config.get(name), name) if not _incidental(key)}
     if not (directory / RESULT).is_file():
         return Run(directory, settings, {}, {}, _why(_json(directory / STATE) if (directory / STATE).is_file() else {}))
     result = _json(directory / RESULT)
@@ -176,7 +173,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _incidental(key: str) -> bool:
-    return f"{key}.".startswith(tuple(f"{name}." for name in INCIDENTAL))
+    return f"{key}.".startswith(tuple(f"{name}." for name in (*INCIDENTAL, *REPEATED)))
 
 
 def curve(run: Run, metric: str, over: str = "step") -> tuple[list[int], list[float]]:

@@ -14,11 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 DEFINES = ("model", "data", "trainer", "callbacks", "seed")  # what a job's figures depend on; loggers and paths are not in it
-INCIDENTAL = {
-    "data": ("root", "download"),
-    "trainer": ("enable_progress_bar",),
-    "callbacks": ("pictures", "progress", "vitals"),
-}
+# but for these, by which no figure changes
+INCIDENTAL = (
+    "data.root", "data.download", "data.num_workers", "data.prefetch", "data.verify", "data.max_memory_gb",
+    "trainer.enable_progress_bar", "callbacks.pictures", "callbacks.progress", "callbacks.vitals",
+)  # fmt: skip
 MULTIRUN = {"-m", "--multirun"}
 
 
@@ -30,7 +30,7 @@ def identity(cfg: DictConfig) -> str:
         if not isinstance(node, DictConfig):
             parts[name] = node
             continue
-        kept = {key for key in node if key not in INCIDENTAL.get(name, ())}
+        kept = {key for key in node if f"{name}.{key}" not in INCIDENTAL}
         parts[name] = {
             key: OmegaConf.to_container(node[key], resolve=True) if OmegaConf.is_config(node[key]) else node[key]
             for key in kept

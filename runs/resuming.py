@@ -17,6 +17,7 @@ from runs.build import SettingError, flatten
 from runs.commands import as_value, config_flags
 from runs.devices import is_child_rank
 from runs.directory import LAST, claim, read_checkpoint
+from runs.identity import INCIDENTAL
 
 NEEDED = ("loops", "global_step", "optimizer_states", "lr_schedulers")  # beside the weights, to go on
 
@@ -106,10 +107,10 @@ def same_data(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
     Raises:
         SettingError: naming the first setting that differs.
     """
-    free = {"root", "download", "batch_size", "seed", "num_workers", "prefetch", "verify", "max_memory_gb", "block_size"}
+    free = {f"data.{name}" for name in ("batch_size", "seed", "block_size", "horizontal_flip", "flip")} | set(INCIDENTAL)
     there = dict(flatten(theirs["data"], "data"))
-    for key, here in flatten({k: v for k, v in ours["data"].items() if k not in free | {"horizontal_flip", "flip"}}, "data"):
-        if key in there and there[key] != here:  # what an earlier version did not have yet is no difference
+    for key, here in flatten(ours["data"], "data"):
+        if key not in free and key in there and there[key] != here:  # what an earlier version did not have yet is no difference
             raise SettingError(f"ckpt={path} was trained on other data: there {key}={there[key]}, here {key}={here}")
 
 
