@@ -46,28 +46,27 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def _cells(group: Group, unit: str) -> list[str]:
-    mean, half = group.difference
-    difference = "best"
-    if group.common_seeds or math.isnan(mean):
-        difference = (
-            f"{mean:+.4f} ± {half:.4f}"
-            if not math.isnan(half)
-            else f"{mean:+.4f}"
-            if not math.isnan(mean)
-            else "no common seed"
-        )
     parameters, seconds, speed = _efforts(group).values()
     return [
         *(shown(value) for value in group.values.values()),
         str(len(group.runs)),
         f"{group.mean:.4f}",
         "" if math.isnan(group.deviation) else f"{group.deviation:.4f}",
-        difference,
+        _difference(group),
         *("" if term is None else f"{term:.4f}" for term in _costs(group, unit).values()),
         "" if parameters is None else f"{parameters:,.0f}",
         "" if seconds is None else f"{seconds:.0f}",
         "" if speed is None else f"{speed:,.0f}",
     ]
+
+
+def _difference(group: Group) -> str:
+    mean, half = group.difference
+    if math.isnan(mean):
+        return "no common seed"
+    if not group.common_seeds:  # with itself
+        return "best"
+    return f"{mean:+.4f}" if math.isnan(half) else f"{mean:+.4f} ± {half:.4f}"
 
 
 def terminal(groups: Sequence[Group], metric: str, console: Console) -> Table:
