@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 
-CONF = Path(__file__).resolve().parents[1] / "conf"  # where train.py's own configs lie
+CONF = Path(__file__).resolve().parents[1] / "conf"  # of all entry points
 NAME = "train"  # the one it begins with
 
 
 def as_value(text: str) -> str:
     """Returns a text as Hydra's grammar has it behind ``KEY=``: in quotes where it would be read as something else."""
-    plain_one = re.fullmatch(r"[\w ./-]+", text, re.ASCII) and not re.fullmatch(r"[\d_.e+-]+", text)
-    return text if plain_one else "'" + text.replace("'", r"\'") + "'"
+    try:
+        read = OverridesParser.create().parse_override(f"key={text}").value()
+    except HydraException:
+        read = None
+    return text if read == text and "$" not in text else QuotedString(text, Quote.single).with_quotes()
 
 
 def config_flags() -> list[str]:

@@ -17,6 +17,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runs.commands import CONF
 from runs.help import help_text
 
 FULL = "HYDRA_FULL_ERROR"
@@ -113,7 +114,7 @@ def _settings() -> list[str]:
     running = GlobalHydra.instance().is_initialized()  # in a sweep
     for overrides in (chosen, []):
         try:
-            with nullcontext() if running else initialize_config_dir(str(_conf()), version_base="1.3"):
+            with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
                 found = OmegaConf.to_container(compose(Path(sys.argv[0]).stem, overrides))
             leaves = [key for name, value in found.items() for key, _ in flatten(value, name)]
             return sorted({".".join(key.split(".")[:depth]) for key in leaves for depth in range(1, key.count(".") + 2)})
@@ -124,8 +125,4 @@ def _settings() -> list[str]:
 
 def _groups() -> list[str]:
     """Returns the names of all groups with a / in them; those without are settings too."""
-    return [str(path.relative_to(_conf())) for path in _conf().glob("*/*") if path.is_dir()]
-
-
-def _conf() -> Path:
-    return Path(sys.argv[0]).absolute().parent / "conf"
+    return [str(path.relative_to(CONF)) for path in CONF.glob("*/*") if path.is_dir()]

@@ -6,12 +6,12 @@ registered: most of a second where launchers and sweepers are installed.
 
 from __future__ import annotations
 
-from pathlib import Path
 from string import Template
 
 from omegaconf import OmegaConf
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+from runs.commands import CONF
+
 ELSEWHERE = {"evaluation", "recipe", "wandb"}  # read by evaluate.py, by a model's config and by W&B
 
 
