@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import hydra
 from omegaconf import DictConfig
 
@@ -13,21 +11,12 @@ from omegaconf import DictConfig
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
     """Runs one evaluation; returns bits/dim (nats for continuous data)."""
-    import sys
-
-    from runs.entry import loading
+    from runs.entry import finish, loading
 
     with loading():
         from evaluation.job import run
-        from runs.build import SettingError
 
-    try:
-        figure, interrupted = run(cfg)
-    except SettingError as error:
-        sys.exit(1 if os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")  # said once, by rank 0
-    if interrupted:
-        sys.exit(130)  # as a shell has it for Ctrl-C
-    return figure
+    return finish(run, cfg)
 
 
 if __name__ == "__main__":

@@ -66,14 +66,9 @@ class Pictures(Callback):
             self._profile(trainer, pl_module, x)
 
     def _samples(self, trainer: Trainer, module: LightningModule, name: str, step: int) -> None:
-        samples = module.sample(self.num, mean=module.levels is not None)
-        caption = f"Samples: means of p(x | z₁) after {step} steps"
-        if module.levels is None:
-            figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-            axis.hist(samples.flatten().cpu().numpy(), bins=40, density=True, color="#3b6fb6")
-            axis.set(xlabel="x (data units)", ylabel="density", title=f"Samples of p(x) after {step} steps")
-        else:
-            figure = draw_grid(samples, module.levels, caption)
+        mean = module.levels is not None
+        caption = f"Samples{': means of p(x | z₁)' * mean} after {step} steps"
+        figure = draw_samples(module.sample(self.num, mean=mean), module.levels, caption)
         self._save(trainer, figure, f"samples/{name}.png", "samples", caption)
 
     def _reconstructions(self, trainer: Trainer, module: LightningModule, x: Tensor) -> None:
@@ -131,6 +126,17 @@ def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = N
     figure, axis = plt.subplots(figsize=(size, size * canvas.shape[0] / canvas.shape[1] + 0.45), layout="constrained")
     axis.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_axis_off()
+    axis.set_title(caption, fontsize=8, wrap=True)
+    return figure
+
+
+def draw_samples(samples: Tensor, levels: int | None, caption: str) -> plt.Figure:
+    """Returns a figure of samples (N, C, H, W): a grid of images, or how often continuous values come up."""
+    if levels is not None:
+        return draw_grid(samples, levels, caption)
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    axis.hist(samples.flatten().cpu().numpy(), bins=40, density=True, color="#3b6fb6")
+    axis.set(xlabel="x (data units)", ylabel="density")
     axis.set_title(caption, fontsize=8, wrap=True)
     return figure
 

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from callbacks import all_finite
 from lightning_modules import LikelihoodModule
 from runs.build import SettingError, build_part
 from runs.directory import BEST, LAST, read_checkpoint
@@ -68,6 +69,28 @@ class SavedRun:
         if "current_model_state" in self.content:
             return {"ema": self.content["state_dict"], "raw": self.content["current_model_state"]}
         return {"raw": self.content["state_dict"]}
+
+    def choose(self, wished: str | None, several: bool = True) -> list[str]:
+        """Returns the sets of weights that are wished for: by default the one that the run itself was tested with.
+
+        Args:
+            wished: ``ema``, ``raw``, ``both`` or ``None``.
+            several: whether ``both`` may be chosen.
+
+        Raises:
+            SettingError: if they are not there, or not finite.
+        """
+        there = list(self.weights)
+        chosen = there if wished == "both" and several and len(there) == 2 else [wished or there[0]]
+        for name in chosen:
+            if name not in there:
+                raise SettingError(
+                    f"weights={wished}: this checkpoint has {' and '.join(there)} weights; choose one of them"
+                    f"{' or both' * several}"
+                )
+            if not all_finite(value for value in self.weights[name].values() if isinstance(value, Tensor)):
+                raise SettingError(f"run={self.path} holds {name} weights that are not finite: give another checkpoint")
+        return chosen
 
     def check_targets(self) -> None:
         """Refuses a config that names anything but this framework's public objects: building one runs it.

@@ -14,7 +14,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runs.commands import CONF
@@ -84,6 +84,24 @@ def start(main: Callable[[], object]) -> None:
     finally:
         if not asked:
             os.environ.pop(FULL, None)
+
+
+def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) -> object:
+    """Runs a job that Fabric's ranks may share, and ends the process where it was refused or interrupted.
+
+    Args:
+        run: config -> (what the job gives, whether Ctrl-C cut it short).
+        cfg: the job's.
+    """
+    from runs.build import SettingError
+
+    try:
+        given, interrupted = run(cfg)
+    except SettingError as error:
+        sys.exit(1 if os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")  # said once, by rank 0
+    if interrupted:
+        sys.exit(INTERRUPTED)
+    return given
 
 
 def sentence(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from runs.commands import CONF
 
-ELSEWHERE = {"evaluation", "recipe", "wandb"}  # read by evaluate.py, by a model's config and by W&B
+ELSEWHERE = {"evaluation", "fabric", "sampler", "recipe", "wandb"}  # read by evaluate.py, sample.py, models' configs and W&B
 
 
 def help_text(name: str) -> str:

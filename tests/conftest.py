@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes share the c
 import pytest
 import torch
 
+from tests.evaluation.evaluations import MODELS, Runs
+
 
 def pytest_collection_finish():
     gc.freeze()  # what is imported stays, and need not be searched for cycles throughout
@@ -18,3 +20,9 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Small trained runs by model, each trained when it is first asked for."""
+    return Runs(tmp_path_factory, MODELS)

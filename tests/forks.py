@@ -109,6 +109,6 @@ if __name__ == "__main__":
     from runs.entry import loading
 
     with loading():
-        for name in ("torch._dynamo", "wandb", "runs.job", "runs.sweep", "runs.preparation", "evaluation.job"):
+        for name in ("torch._dynamo", "wandb", "runs.job", "runs.sweep", "runs.preparation", "evaluation.job", "sampling.job"):
             import_module(name)
     runpy.run_path(_become(_serve()), run_name="__main__")

@@ -8,14 +8,15 @@ from tests.jobs import ROOT
 
 FLOORS = {
     "losses": 0, "diffusion": 1, "networks": 2, "datamodules": 2, "lightning_modules": 3,
-    "callbacks": 4, "loggers": 4, "runs": 4, "evaluation": 4, "comparison": 4,
-    "train": 5, "evaluate": 5, "compare": 5, "prepare": 5,
+    "callbacks": 4, "loggers": 4, "runs": 4, "evaluation": 4, "sampling": 4, "comparison": 4,
+    "train": 5, "evaluate": 5, "sample": 5, "compare": 5, "prepare": 5,
 }  # fmt: skip
-# runs/ and evaluation/ put a job together out of what their own floor holds
+# these put a job together out of what their own floor holds
 ACROSS = {
     ("runs", "callbacks"), ("runs", "loggers"), ("evaluation", "runs"), ("evaluation", "callbacks"), ("comparison", "runs"),
+    ("sampling", "runs"), ("sampling", "callbacks"), ("sampling", "evaluation"),
 }  # fmt: skip
-ENTRIES = [ROOT / f"{name}.py" for name in ("train", "evaluate", "compare", "prepare")]
+ENTRIES = [ROOT / f"{name}.py" for name in ("train", "evaluate", "sample", "compare", "prepare")]
 FILES = [path for name in FLOORS for path in (ROOT / name).rglob("*.py")] + ENTRIES
 
 

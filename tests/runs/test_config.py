@@ -41,7 +41,7 @@ def choices():
         group = path.parent.relative_to(CONF).as_posix()
         if (
             not group.startswith("hydra")
-            and group not in (".", "experiment", "evaluation", "wandb")
+            and group not in (".", "experiment", "evaluation", "fabric", "sampler", "wandb")
             and not group.startswith("recipe")
         ):
             yield f"{group}={path.stem}"
@@ -95,6 +95,13 @@ def test_every_estimator_composes_and_builds(path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("evaluate", ["run=somewhere", f"evaluation={path.stem}"])
     assert instantiate(cfg.evaluation, _convert_="all").name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "model" / "sampler").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sampler_of_a_model_is_one_of_sample_py_too(path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("sample", ["run=somewhere", f"sampler={path.stem}"])
+    assert cfg.sampler == OmegaConf.load(path)
 
 
 @pytest.mark.parametrize("model", ["vae", "mhvae", "ddpm"])

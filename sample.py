@@ -1,0 +1,25 @@
+"""Draws images from a trained model: ``python sample.py run=outputs/...``; see ``--help``."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+# torch and lightning take seconds to import: they are imported inside, so that --help and --cfg answer at once
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="sample")
+def main(cfg: DictConfig) -> None:
+    """Draws once."""
+    from runs.entry import finish, loading
+
+    with loading():
+        from sampling.job import run
+
+    finish(run, cfg)
+
+
+if __name__ == "__main__":
+    from runs.entry import start
+
+    start(main)
