@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation.estimators import LEAST_REPLICATES, MOST_CALLS, Estimator, Prepared, terms_of
+from evaluation.estimators import LEAST_REPLICATES, MOST_CALLS, Estimator, Prepared
 from evaluation.profile import StepMoments, measure_steps
 from evaluation.setting import Setting
 from evaluation.statistics import Figure, figure
 from lightning_modules import DDPMLightningModule
 from losses import Elbo
-from losses.elbo import nats_to_bits_per_dim
+from losses.elbo import SIGNS, nats_to_bits_per_dim
 from runs.build import SettingError
 
 PROFILE_IMAGES = 32
@@ -63,7 +63,7 @@ class Trial:
         """Returns the terms on the pilot's rows: (n, 2, 3), nats."""
         rows = self.setting.rows(2, "pilot", PILOT_IMAGES)
         self.calls += len(rows) * calls
-        return self.setting.gather(rows, lambda x: terms_of(estimate(x)), 3)[0]
+        return self.setting.gather(rows, lambda x: estimate(x).terms().T, 3)[0]
 
     def replicates(self, prepared: Prepared) -> int:
         """Returns how many estimates of each image give the wished precision: at least 2."""
@@ -93,13 +93,13 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     rows = setting.rows(replicates, "bound")
     title = f"{cfg.split} set: {len(rows.order)} images x {replicates} replicates x {prepared.calls} network calls"
     with setting.progress(title, len(rows)) as done:
-        terms, interrupted = setting.gather(rows, lambda x: terms_of(prepared.estimate(x)), 3, done, partial=True)
+        terms, interrupted = setting.gather(rows, lambda x: prepared.estimate(x).terms().T, 3, done, partial=True)
     finished = ~terms.isnan().flatten(1).any(1) if interrupted else torch.ones(len(terms), dtype=torch.bool)
     if finished.sum() < 2:
         raise SettingError("interrupted before two images were finished: nothing to report")
     terms, groups, order = terms[finished], rows.groups[finished], rows.order[finished]
-    values = terms @ torch.tensor([1.0, -1.0, -1.0], dtype=terms.dtype)
-    figures = {name: figure(terms[..., i], groups) for i, name in enumerate(("reconstruction", "prior", "matching"))}
+    values = terms @ torch.tensor([*SIGNS.values()], dtype=terms.dtype)
+    figures = {name: figure(terms[..., i], groups) for i, name in enumerate(SIGNS)}
     figures["elbo"] = figure(values, groups)
     if not math.isfinite(figures["elbo"].mean):
         raise SettingError(

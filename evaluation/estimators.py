@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from diffusion.step_profile import proposal_from, uniform_proposal
@@ -209,8 +208,3 @@ class Default(Estimator):
         """See :meth:`Estimator.prepare`."""
         own = Importance() if isinstance(model, DDPMLightningModule) else Draws()
         return own.prepare(model, moments, pilot)
-
-
-def terms_of(elbo: Elbo) -> Tensor:
-    """Returns (reconstruction, prior, matching) side by side: (b, 3), nats."""
-    return torch.stack([elbo.reconstruction.double(), elbo.prior.double(), elbo.matching.double()], 1)

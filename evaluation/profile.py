@@ -88,10 +88,9 @@ def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_
             columns.append(torch.cat([draws.kl[..., None], model.squared_errors(draws)[..., None], cheap], 2).flatten(1))
         return torch.cat([column.reshape(len(x), -1) for column in columns], 1)
 
-    each = (2 + DENOISERS) * len(steps)
-    width = 1 + 2 * FIRST_DRAWS + each
-    values, _ = gather(rows, moments, width, fabric, max(1, batch_size // len(steps)))
-    prior, costs, cheap_costs, rest = values[:, 0].split([1, FIRST_DRAWS, FIRST_DRAWS, each], 1)
+    sizes = [1, FIRST_DRAWS, FIRST_DRAWS, (2 + DENOISERS) * len(steps)]  # of the columns
+    values, _ = gather(rows, moments, sum(sizes), fabric, max(1, batch_size // len(steps)))
+    prior, costs, cheap_costs, rest = values[:, 0].split(sizes, 1)
     kls, errors, *cheap = rest.unflatten(1, (len(steps), -1)).unbind(2)
     cheap = torch.stack(cheap, 2)  # (n, S, 2)
     every = torch.arange(2, last + 1)

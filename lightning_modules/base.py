@@ -204,8 +204,8 @@ class LikelihoodModule(LightningModule, ABC):
 
         Not by ``self.log``: from then on Lightning would read what a progress bar shows from the device behind every batch.
         """
-        terms = [elbo.value, elbo.reconstruction, elbo.prior, elbo.matching]
-        means = torch.stack([loss, *(term.detach().mean().to(loss.dtype) for term in terms)])
+        terms = torch.cat([elbo.value.unsqueeze(0), elbo.terms()]).detach()
+        means = torch.cat([loss.unsqueeze(0), terms.mean(1).to(loss.dtype)])
         self._noted.append(self.trainer.strategy.reduce(means, reduce_op="mean"))
         self.trainer.callback_metrics.update(self._headline(self._noted[-1][1]), **{"train/loss": self._noted[-1][0]})
 

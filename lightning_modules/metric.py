@@ -10,8 +10,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from losses import Elbo
+from losses.elbo import SIGNS
 
-TERMS = ("elbo", "reconstruction", "prior", "matching")
+TERMS = ("elbo", *SIGNS)
 
 
 class ElboMetric(Metric):
@@ -34,7 +35,7 @@ class ElboMetric(Metric):
 
     def update(self, elbo: Elbo) -> None:
         """Adds a batch of per-example terms."""
-        terms = torch.stack([elbo.value, elbo.reconstruction, elbo.prior, elbo.matching]).detach().to(self.total.dtype)
+        terms = torch.cat([elbo.value.unsqueeze(0), elbo.terms()]).detach().to(self.total.dtype)
         # not in place: sums that trainer.validate has made are inference tensors, which trainer.fit could not change
         self.total = self.total + terms.sum(1)
         self.square = self.square + terms.square().sum(1)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+SIGNS = {"reconstruction": 1, "prior": -1, "matching": -1}  # of each term in the bound; costs have the other one
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,10 @@ class Elbo:
     def value(self) -> Tensor:
         """The bound itself: (B,), nats."""
         return self.reconstruction - self.prior - self.matching
+
+    def terms(self) -> Tensor:
+        """Returns the terms in the order of :data:`SIGNS`, whose signs they do not have yet: (3, B), nats."""
+        return torch.stack([getattr(self, name) for name in SIGNS])
 
     def bits_per_dim(self, num_dims: int) -> Tensor:
         """Returns -ELBO / (D ln 2), (B,): the only place where nats become bits.

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from rich.table import Table
 
 from callbacks import Vitals
-from losses.elbo import nats_to_bits_per_dim
+from losses.elbo import SIGNS, nats_to_bits_per_dim
 
 PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "torchvision")
 TITLES = {
@@ -32,7 +32,7 @@ def costs(metrics: dict[str, float], num_dims: int, levels: int | None) -> dict[
     """
     rows = {}
     for term in TITLES:
-        sign = 1 if term in ("prior", "matching") else -1
+        sign = -SIGNS.get(term, 1)
         row = {"nats": sign * metrics[f"test/{term}"] + 0.0, "nats_se": metrics[f"test/{term}_se"]}  # + 0.0: no -0
         if levels is not None:
             row |= {f"bits_per_dim{end}": nats_to_bits_per_dim(row[f"nats{end}"], num_dims) for end in ("", "_se")}
