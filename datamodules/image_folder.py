@@ -115,7 +115,7 @@ class ImageFolderDataModule(ImageDataModule):
         root: the folder.
         image_size: height and width in pixels.
         channels: 3 for RGB, 1 for grey.
-        flip: whether training pictures are mirrored with probability 1/2.
+        horizontal_flip: whether training pictures are mirrored with probability 1/2.
         val_fraction: share of the pictures held out for validation, if there is no folder ``val``.
         test_fraction: share of the pictures held out for the test, if there is no folder ``test``.
         max_memory_gb: decoded pictures (with mirror images) are kept in memory up to this size, else read again and again.
@@ -133,7 +133,7 @@ class ImageFolderDataModule(ImageDataModule):
         root: str,
         image_size: int,
         channels: int = 3,
-        flip: bool = False,
+        horizontal_flip: bool = False,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         max_memory_gb: float = 2.0,
@@ -148,7 +148,7 @@ class ImageFolderDataModule(ImageDataModule):
                 raise ValueError(f"data.{setting}={fraction}: both fractions must be above 0 and their sum below 1")
         if max_memory_gb < 0:
             raise ValueError(f"data.max_memory_gb={max_memory_gb}: give a number of gigabytes, 0 to keep nothing in memory")
-        super().__init__(**shared, actual_shape=(channels, image_size, image_size), actual_levels=256, flip=flip)
+        super().__init__(**shared, actual_shape=(channels, image_size, image_size), actual_levels=256, flip=horizontal_flip)
         self.root, self.max_bytes = Path(root).expanduser(), max_memory_gb * 1e9
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.loading_workers = at_least("data.num_workers", num_workers, 0)

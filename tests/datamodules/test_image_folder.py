@@ -87,8 +87,8 @@ def test_shorter_side_is_resized_and_the_centre_kept(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_streaming_gives_the_batches_of_memory(tmp_path, num_workers):
     write(tmp_path, 20)
-    memory = build(tmp_path, flip=True)
-    stream = build(tmp_path, flip=True, max_memory_gb=0, num_workers=num_workers)
+    memory = build(tmp_path, horizontal_flip=True)
+    stream = build(tmp_path, horizontal_flip=True, max_memory_gb=0, num_workers=num_workers)
     assert stream.num_workers == num_workers
     context = stream.train_dataloader().multiprocessing_context
     assert not num_workers or context.get_start_method() != "fork"  # a copy of a process with threads may hang
