@@ -26,6 +26,8 @@ class HeldElsewhere(SettingError):
 def hold(directory: Path) -> Iterator[None]:
     """Keeps a run directory for this process, for the block; the system lets go of it however the process ends.
 
+    What is refused before anything was written leaves no directory.
+
     Raises:
         HeldElsewhere: if another process keeps it still after ``WAIT``.
     """
@@ -40,6 +42,11 @@ def hold(directory: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+    except SettingError:
+        if [path.name for path in directory.iterdir()] == [LOCK]:
+            (directory / LOCK).unlink()
+            directory.rmdir()
+        raise
     finally:
         lock.release()
 

@@ -64,6 +64,17 @@ def test_a_killed_process_holds_nothing_and_one_that_ends_soon_is_waited_for(els
     elsewhere(tmp_path)
 
 
+def test_a_refused_job_leaves_no_directory_and_nothing_is_lost_that_was_there(tmp_path):
+    for there in (False, True):
+        if there:
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "notes.txt").write_text("mine")
+        with pytest.raises(SettingError, match="is larger than"):
+            run_here(tmp_path, "model=vae", "data.batch_size=100000")
+        assert (tmp_path / "run").exists() == there
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.usefixtures("_at_once")
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_sweep_leaves_a_job_to_the_process_that_runs_it(fresh, elsewhere, tmp_path, capsys):
