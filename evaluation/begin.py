@@ -15,7 +15,7 @@ from datamodules.sampling import at_least
 from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
 from runs.build import SettingError
-from runs.devices import round_float32
+from runs.devices import check_processes, round_float32
 from runs.settings import MANY_RANKS
 
 
@@ -87,9 +87,11 @@ def build_fabric(cfg: DictConfig, adds_up: bool) -> Fabric:
         settings["accelerator"] = "cpu"  # Apple's GPUs have no float64
     round_float32("fabric", settings.pop("float32_matmul_precision"))
     try:
-        return Fabric(**settings)
+        fabric = Fabric(**settings)
     except Exception as error:
         raise SettingError(f"fabric: {' '.join(str(error).split())}") from error
+    check_processes("fabric", len(getattr(fabric.strategy, "parallel_devices", None) or [fabric.device]), cfg.num_nodes)
+    return fabric
 
 
 def place(model: LikelihoodModule, fabric: Fabric, cfg: DictConfig) -> LikelihoodModule:

@@ -139,6 +139,28 @@ def compile_networks(model: LikelihoodModule, setting: bool | str) -> None:
         network.compile(backend=backend)
 
 
+def check_processes(group: str, devices: int, nodes: int) -> None:
+    """Refuses other numbers of devices than torchrun or srun has begun processes for: each would be a run of its own.
+
+    Args:
+        group: ``trainer`` or ``fabric``, whose settings they are.
+        devices: on each node.
+        nodes: how many.
+
+    Raises:
+        SettingError: naming the setting, and what began how many.
+    """
+    starter, begun = "torchrun", int(os.environ.get("WORLD_SIZE") or 1)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        starter, begun = "srun", int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) if SLURMEnvironment.detect() else 1
+    if begun not in (1, devices * nodes):
+        advice = f"{group}.devices={begun // nodes}" if begun % nodes == 0 else f"{group}.devices and {group}.num_nodes"
+        raise SettingError(
+            f"{group}.devices={devices} on {group}.num_nodes={nodes}, but {starter} began {begun} processes, one for each "
+            f"device: give {advice}"
+        )
+
+
 def is_child_rank() -> bool:
     """Whether this process is not the first of its job: by Lightning's, torchrun's or SLURM's word."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK", "SLURM_PROCID"))

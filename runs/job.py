@@ -167,7 +167,7 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> T
     callbacks = build_callbacks(cfg, config, directory)
     try:
         return factory(cfg.trainer)(callbacks=callbacks, logger=False, default_root_dir=str(directory))
-    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
         raise SettingError(f"trainer: {' '.join(str(error).split())}") from error
 
 

@@ -17,6 +17,7 @@ from datamodules import ImageDataModule
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
 from runs.build import SettingError
+from runs.devices import check_processes
 from runs.directory import higher_is_better
 from runs.kinds import wrong_kinds
 
@@ -197,6 +198,7 @@ def check_limits(cfg: DictConfig, datamodule: ImageDataModule) -> None:
 
 def check_ranks(trainer: Trainer, datamodule: ImageDataModule, cfg: DictConfig) -> None:
     """Refuses what several devices cannot share, now that their number is known."""
+    check_processes("trainer", trainer.num_devices, trainer.num_nodes)
     backend = getattr(trainer.strategy, "process_group_backend", None)  # what is null is chosen by device
     for name in (part.split(":")[-1] for part in (backend or "").split(",")):  # as cpu:gloo,cuda:nccl
         if name and not is_backend_available(name):

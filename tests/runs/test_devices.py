@@ -10,7 +10,8 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning_modules import VAELightningModule, WarmupCosine
 from lightning_modules.sharding import blocks, networks
 from runs.build import SettingError, build_part
-from runs.devices import compile_networks, make_trainer
+from runs.devices import check_processes, compile_networks, make_trainer
+from tests.evaluation.evaluations import evaluate_here
 from tests.jobs import configure, result, run_here
 
 VAE = ("model=vae", "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16", "model.encoder.dropout=0.2", "logger=csv")
@@ -187,3 +188,40 @@ def test_the_batch_size_finder_prints_what_fits_and_trains_nothing(tmp_path, cap
     with pytest.raises(SystemExit):
         run_here(tmp_path / "b", *cfg)
     assert "data.batch_size=64 fits: the memory does not hold 128" in capsys.readouterr().out
+
+
+BEGUN = {
+    "torchrun": {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"},
+    "srun": {
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "localhost", "SLURM_JOB_ID": "4711",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("starter", list(BEGUN))
+def test_more_processes_than_devices_would_be_runs_of_their_own_and_are_refused(starter, runs, tmp_path, monkeypatch):
+    trained = runs["vae"]
+    for name, value in (BEGUN[starter] | {"LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    advice = f"but {starter} began 2 processes, one for each device: give"
+    with pytest.raises(SettingError, match=rf"trainer\.devices=1 .*{advice} trainer\.devices=2"):
+        run_here(tmp_path, *SMALL)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SettingError, match=rf"fabric\.devices=1 .*{advice} fabric\.devices=2"):
+        evaluate_here(trained)
+
+
+def test_tasks_that_lightning_does_not_count_are_refused_in_its_words(tmp_path, monkeypatch):
+    for name, value in BEGUN["srun"].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(SettingError, match="trainer: You set `--ntasks=2`"):
+        run_here(tmp_path, *SMALL)
+
+
+def test_an_interactive_allocation_is_one_process(tmp_path, monkeypatch):
+    for name, value in {**BEGUN["srun"], "SLURM_JOB_NAME": "interactive"}.items():
+        monkeypatch.setenv(name, value)
+    check_processes("trainer", 1, 1)
