@@ -10,6 +10,7 @@ with P = ``params_per_channel``, parameter-major: ``params.unflatten(1, (P, C))`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -153,13 +154,22 @@ class Categorical:
 
 @dataclass(frozen=True)
 class _Discretized:
-    """A location-scale density integrated over the bin of each level; params are (mean, ln scale), both in [-1, 1] units."""
+    """A location-scale density integrated over the bin of each level; params are (mean, ln scale), both in [-1, 1] units.
+
+    A scale has a floor, far below a bin: ln P would not be a number under it. Its ln is :meth:`least_log_scale`.
+    """
 
     levels: int = 256
     params_per_channel: ClassVar[int] = 2
+    tail: ClassVar[int]  # ln F(-z) falls like -z^tail
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
+
+    @classmethod
+    def least_log_scale(cls, dtype: torch.dtype) -> float:
+        """Returns the ln scale under which a mean some million away would have no finite ln P: Gaussian in float32, -28."""
+        return math.log(1e7) - math.log(torch.finfo(dtype).max) / cls.tail
 
     def _log_mass(self, lower: Tensor, upper: Tensor, width: Tensor) -> Tensor:
         """ln(F(upper) - F(lower)) for standardised edges ``width`` apart, which their difference holds rounded only."""
@@ -179,7 +189,7 @@ class _Discretized:
 
     def log_mass(self, mean: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x) of each pixel, nats: tensors that broadcast together, x of integers -> their shape."""
-        inverse_scale = torch.exp(-log_scale)
+        inverse_scale = torch.exp(-log_scale.clamp(min=self.least_log_scale(log_scale.dtype)))
         # Both edges of a bin come from integers, so a level's upper edge and the next one's lower edge are the same
         # float and the probabilities telescope to one.
         centre = 2 * x.to(mean.dtype) - (self.levels - 1)
@@ -200,11 +210,14 @@ class _Discretized:
 
     def draw(self, mean: Tensor, log_scale: Tensor) -> Tensor:
         """Draws each pixel from its mean and scale, of one shape: uint8 of that shape."""
-        return from_unit(mean + log_scale.exp() * self._noise(mean), self.levels)
+        scale = log_scale.clamp(min=self.least_log_scale(log_scale.dtype)).exp()
+        return from_unit(mean + scale * self._noise(mean), self.levels)
 
 
 class DiscretizedGaussian(_Discretized):
     """N(mean, scale²) integrated over each level's bin (Ho et al. 2020, eq. 13). Params: mean, ln scale."""
+
+    tail: ClassVar[int] = 2
 
     def _log_cdf(self, z: Tensor) -> Tensor:
         return log_normal_cdf(z)
@@ -228,6 +241,8 @@ class DiscretizedGaussian(_Discretized):
 
 class DiscretizedLogistic(_Discretized):
     """Logistic(mean, scale) integrated over each level's bin (Salimans et al. 2017). Params: mean, ln scale."""
+
+    tail: ClassVar[int] = 1
 
     def _log_cdf(self, z: Tensor) -> Tensor:
         return F.logsigmoid(z)

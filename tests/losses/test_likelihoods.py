@@ -44,11 +44,26 @@ def test_probabilities_sum_to_one_with_finite_gradients(likelihood, levels, dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_output_however_wild_has_a_gradient_that_ends_a_run(likelihood, levels, dtype):
     means = torch.tensor([-1e6, -1e4, -50, -1, -0.5, 0, 0.9, 1, 5, 1e4, 1e6], dtype=dtype)
-    params, x = all_levels(levels, torch.cartesian_prod(means, torch.linspace(-20, 20, 41, dtype=dtype)))
+    wild = torch.tensor([-1e4, -800, -400, -100, -88, -60, -45, -35, 35, 45, 60, 88, 100, 400, 800, 1e4], dtype=dtype)
+    params, x = all_levels(
+        levels, torch.cartesian_prod(means, torch.cat([torch.linspace(-20, 20, 41, dtype=dtype), wild]).sort().values)
+    )
     log_prob = likelihood(levels).log_prob(params, x)
     (gradient,) = torch.autograd.grad(log_prob.sum(), params)
     assert log_prob.isfinite().all()
     assert gradient.isfinite().all()
+    near = (params[:, 0].abs() <= 5).flatten()
+    assert log_prob[near].double().exp().view(-1, levels).sum(1).sub(1).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("likelihood", DISCRETIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_narrowest_scales_put_all_on_the_level_of_the_mean(likelihood, dtype):
+    mean = to_unit(torch.arange(256), 256, dtype)
+    params = torch.stack([mean, torch.full_like(mean, -1e3)], 1).view(-1, 2, 1, 1)
+    x = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
+    assert torch.equal(likelihood(256).sample(params), x)
+    assert torch.equal(likelihood(256).log_prob(params, x), torch.zeros(256, dtype=dtype))
 
 
 @pytest.mark.parametrize(("mean", "log_scale", "level"), [(0.5, -7, 0), (0, -9, 255), (0.9, -11, 200), (-0.3, -8, 1)])
