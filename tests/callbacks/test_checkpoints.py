@@ -137,3 +137,13 @@ def test_weights_of_several_devices_are_looked_at_device_by_device(monkeypatch):
     assert all_finite([here, there, torch.ones(3, dtype=torch.int64)])
     assert not all_finite([here, there, wrong])
     assert not all_finite([wrong.as_subclass(OnGpu), here])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(value, dtype):
+    largest = torch.finfo(dtype).max
+    fine = [torch.tensor([largest, -largest], dtype=dtype), torch.zeros(0, dtype=dtype), torch.tensor(1.0, dtype=dtype)]
+    assert all_finite([*fine, torch.randn(65).to(dtype)])
+    for place in (0, 31, 64):
+        assert not all_finite([*fine, torch.randn(65).to(dtype).index_fill(0, torch.tensor(place), value)])
