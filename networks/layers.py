@@ -60,7 +60,7 @@ def run_in_full_precision(head: Callable[[Tensor], Tensor], h: Tensor) -> Tensor
     For what ends a network with an image's parameters. bfloat16 has eight bits: as the last rounding of x̂_0, or of a mean, it
     costs up to 0.1 bits/dim where the likelihood is sharp, however well the network is trained.
     """
-    if not (torch.amp.is_autocast_available(h.device.type) and torch.is_autocast_enabled(h.device.type)):
+    if h.is_meta or not torch.is_autocast_enabled(h.device.type):  # where nothing is computed there is no autocast to ask for
         return head(h)
     with torch.autocast(h.device.type, enabled=False):
         return head(full_precision(h))

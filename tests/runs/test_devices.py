@@ -9,6 +9,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 
 from lightning_modules import VAELightningModule, WarmupCosine
 from lightning_modules.sharding import blocks, networks
+from runs import devices
 from runs.build import SettingError, build_part
 from runs.devices import check_processes, compile_networks, make_trainer
 from tests.evaluation.evaluations import evaluate_here
@@ -225,3 +226,9 @@ def test_an_interactive_allocation_is_one_process(tmp_path, monkeypatch):
     for name, value in {**BEGUN["srun"], "SLURM_JOB_NAME": "interactive"}.items():
         monkeypatch.setenv(name, value)
     check_processes("trainer", 1, 1)
+
+
+def test_a_pytorch_that_shards_on_gpus_only_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "shards_on_cpu", lambda: False)
+    with pytest.raises(SettingError, match=r"trainer\.accelerator=cpu: PyTorch .* shards on GPUs only; choose trainer=ddp_cpu"):
+        run_here(tmp_path, *SMALL, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from runs.devices import shards_on_cpu
 from tests.data_files import pictures, write_idx
 from tests.evaluation.evaluations import evaluate_here
 from tests.jobs import QUICK, command, result, run_here
@@ -50,6 +51,8 @@ def data(tmp_path_factory):
 def pair(request, data, tmp_path_factory):
     """The same job on one device and on several: (settings, run on one, run on several)."""
     settings, devices = ON[request.param]
+    if "fsdp" in request.param and not shards_on_cpu():
+        pytest.skip("this PyTorch shards on GPUs only")
     settings = (*settings, f"paths.data_dir={data}")
     one, several = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("several")
     run_here(one, *settings)
