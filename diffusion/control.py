@@ -17,15 +17,17 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.parameterizations import Lattice
 from diffusion.process import GaussianDiffusion
-from losses import sum_except_batch, to_unit
+from losses import sum_except_batch
 
 DENOISERS = 2
 REACH = 8.5  # standard deviations that the quadrature covers: what lies outside weighs 1e-17
-STEP, LEAST_STEP = 0.25, 0.02  # of the trapezium rule, as long as the second denoiser bends no faster than the noise
+LEAST = 40.0  # e^-40 is left out of a sum of probabilities
+STEP, LEAST_STEP = 0.15, 0.015  # of the trapezium rule, as long as the second denoiser bends no faster than the noise
 
 
 def level_frequencies(images: Tensor, levels: int) -> Tensor:
@@ -101,25 +103,42 @@ class Control:
         steps = word.sum().expand(levels).clone()
         if self.lattice is None:
             return first, steps
-        place = to_unit(torch.arange(levels, device=process.betas.device), levels, process.betas.dtype)
-        for t in (self.factors[:, 1] != 0).nonzero().flatten().tolist():
-            density, log_p = self._posteriors(t, place)
+        for t in (self.factors[1:, 1].nonzero().flatten() + 1).tolist():
+            surprise, error = self._pixel(t)
             if t == 1:
-                own = log_p.diagonal(dim1=0, dim2=2).T  # ln P of the level that x_t came from: (L, nodes)
-                first = -self.factors[1, 1] * (own * density).sum(1)
-            elif t > 1:
-                error = (place[:, None] - log_p.exp() @ place).square()
-                steps += self.factors[t, 1] * self.weights[t] * (error * density).sum(1)
+                first = self.factors[1, 1] * surprise
+            else:
+                steps += self.factors[t, 1] * self.weights[t] * error
         return first, steps
 
-    def _posteriors(self, t: int, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the nodes' weights (nodes,) and ln P_π(· | x_t) where x_t comes from each level: (L, nodes, L)."""
-        signal, noise = self.process.sqrt_alpha_bar[t], self.process.noise_std[t]
-        # x̂ bends over noise/gap standard deviations where the levels stand apart
-        bend = float(noise / (signal * (place[1] - place[0])))
-        step = min(STEP, max(LEAST_STEP, STEP * bend))
-        nodes = torch.linspace(-REACH, REACH, 1 + 2 * math.ceil(REACH / step), dtype=place.dtype, device=place.device)
-        density = torch.exp(-0.5 * nodes.square())
-        x_t = signal * place[:, None] + noise * nodes
-        logits = self.log_frequencies - 0.5 * ((x_t[..., None] - signal * place) / noise).square()
-        return density / density.sum(), logits.log_softmax(-1)
+    def _pixel(self, t: int) -> tuple[Tensor, Tensor]:
+        """Returns E[-ln P_π(ℓ | x_t)] and E[(ℓ - x̂)²] over x_t from each level ℓ: (L,) float64 each.
+
+        Either all levels share the nodes x_t, or each has its own, where only the levels near it can be meant: the first takes
+        many nodes where the noise is small, the second many levels where it is large.
+        """
+        levels, log_pi = self.lattice.levels, self.log_frequencies
+        unit = 2 / (levels - 1)  # from level to level, and in standard deviations of x_t:
+        gap = unit * float(self.process.sqrt_alpha_bar[t] / self.process.noise_std[t])
+        step = max(LEAST_STEP, STEP / max(gap, 1))  # x̂ bends over 1/gap standard deviations where the levels stand apart
+        likely = float(log_pi.max() - log_pi.min())
+        near = REACH + math.sqrt(REACH**2 + 2 * (LEAST + likely))  # how far a level may be that can be meant
+        reach = levels - 1 if near >= gap * (levels - 1) else math.ceil(near / gap)
+        own = self._nodes(REACH, step)
+        every = torch.arange(levels).to(log_pi) - 0.5 * (levels - 1)
+        shared = self._nodes(0.5 * gap * (levels - 1) + REACH, step)
+        if len(shared) <= len(own) * (2 * reach + 1):
+            exponent = -0.5 * (shared[:, None] - gap * every).square()  # (nodes, L)
+            density = exponent.softmax(0)
+            log_p = (log_pi + exponent).log_softmax(1)
+            error = unit * (every - (log_p.exp() @ every)[:, None])
+            return -(density * log_p).sum(0), (density * error.square()).sum(0)
+        density = (-0.5 * own.square()).softmax(0)
+        offset = torch.arange(-reach, reach + 1).to(log_pi)
+        around = F.pad(log_pi, (reach, reach), value=-math.inf).unfold(0, len(offset), 1)  # (L, 2 reach + 1)
+        log_p = (around[:, None] - 0.5 * (own[:, None] - gap * offset).square()).log_softmax(2)
+        return -(log_p[..., reach] @ density), (unit * (log_p.exp() @ offset)).square() @ density
+
+    def _nodes(self, half: float, step: float) -> Tensor:
+        """Returns places from -half to half, in standard deviations, no further than ``step`` apart: float64."""
+        return torch.linspace(-half, half, 1 + 2 * math.ceil(half / step), dtype=torch.float64).to(self.process.betas)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from scipy.integrate import quad
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import diffusion.control
 from diffusion import GaussianDiffusion, constant, cosine, linear, log_snr_linear
 from diffusion.control import DENOISERS, Control, level_frequencies
 from losses import to_unit
@@ -27,7 +29,7 @@ def test_expectations_of_single_pixels_against_adaptive_quadrature(levels, sched
     frequencies = torch.rand(levels, dtype=torch.float64) + 0.05
     frequencies /= frequencies.sum()
     control = Control(process, frequencies, only(process, t, 1))
-    place = to_unit(torch.arange(levels), levels).double()
+    place = to_unit(torch.arange(levels), levels, torch.float64)
     signal, noise = process.sqrt_alpha_bar[t].item(), process.noise_std[t].item()
     for level in sorted({0, levels // 2, levels - 1}):
 
@@ -44,7 +46,41 @@ def test_expectations_of_single_pixels_against_adaptive_quadrature(levels, sched
         )
         pixel = torch.full((1, 1, 1, 1), level, dtype=torch.uint8)
         first, steps = control.totals(pixel)
-        assert (first if t == 1 else steps).item() == pytest.approx(expected, rel=1e-7, abs=1e-10)
+        assert (first if t == 1 else steps).item() == pytest.approx(expected, rel=1e-9, abs=1e-10)
+
+
+@pytest.mark.parametrize("levels", [3, 17, 256])
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 4e-3, 0.03, 0.3, 0.99])
+def test_shared_nodes_and_those_of_each_level_agree(levels, noise):
+    """The first step of a chain has 1 - ᾱ_1 = β_1; levels that hardly occur count from afar."""
+    process = GaussianDiffusion(torch.tensor([noise**2, 0.5], dtype=torch.float64))
+    frequencies = torch.rand(levels, dtype=torch.float64) ** 8 + 1e-7
+    frequencies /= frequencies.sum()
+    found = []
+    for fine in (1, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("STEP", "LEAST_STEP"):
+                patch.setattr(f"diffusion.control.{name}", getattr(diffusion.control, name) / fine)
+            found.append(Control(process, frequencies, only(process, 1, 1))._pixel(1))
+    apart = 1 / (levels - 1) / noise  # half a gap, in standard deviations
+    for rough, exact in zip(*found, strict=True):
+        torch.testing.assert_close(rough, exact, rtol=1e-8, atol=1e-12)
+    assert (found[1][1] < 1e-9).all() == (apart > 9)
+
+
+def test_256_levels_and_a_thousand_steps_take_memory_for_one_step_only():
+    control = Control(GaussianDiffusion(linear(1000)), torch.full((256,), 1 / 256, dtype=torch.float64), torch.ones(1001, 2))
+    largest = [0]
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest[0] = max(largest[0], out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Sizes():
+        control.totals(torch.zeros(1, 1, 1, 1, dtype=torch.uint8))
+    assert largest[0] < 2**20
 
 
 @pytest.mark.parametrize("denoiser", [0, 1])
