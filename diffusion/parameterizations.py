@@ -22,6 +22,7 @@ class Parameterization(ABC):
     """Turns the network's output at (x_t, t) into x̂_0."""
 
     outputs_per_channel: int = 1
+    bounded: bool = False  # whether x̂_0 lies in [-1, 1] without being clamped
     least_signal: float = 0.0  # of √ᾱ_T, whose inverse, squared in the KL, float32 must hold
 
     def check(self, process: GaussianDiffusion) -> None:
@@ -111,6 +112,8 @@ class Lattice(Parameterization):
     Raises:
         ValueError: if the data is continuous (``levels`` is ``None``).
     """
+
+    bounded = True
 
     def __init__(self, levels: int | None) -> None:
         if levels is None:

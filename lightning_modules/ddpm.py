@@ -202,7 +202,10 @@ class DDPMLightningModule(LikelihoodModule):
             values = self._log_likelihood(output[first], seen[first], x_t[first], clip=False)
             reconstruction = zero.index_copy(0, first, values)
             matching = matching.index_fill(0, first, 0.0)
-        self.step_profile.record(t, matching.detach())
+        if self.training and self.num_steps > 1:  # for validation's proposal, so what validation will sum: x̂_0 clamped
+            with torch.no_grad():
+                same = self.parameterization.bounded or not self.clip
+                self.step_profile.record(t, matching if same else self._kl(output, x0, x_t, t, clip=True))
         noise_hat = self.parameterization.epsilon(output, x_t, t, self.process)
         loss = self.weighting(StepTerms(matching - reconstruction, prior, noise, noise_hat, self.num_steps))
         if not isinstance(loss, Tensor) or loss.shape != prior.shape:

@@ -7,6 +7,7 @@ from torch import nn
 
 import diffusion
 from diffusion import X0, Epsilon, GaussianDiffusion, Lattice
+from diffusion.step_profile import proposal_from
 from lightning_modules import DDPMLightningModule
 from losses import DiagGaussian, Gaussian, kl
 from tests.diffusion.test_schedules import NAMES, betas_of
@@ -150,6 +151,26 @@ def test_importance_needs_fewer_calls_than_uniform_steps():
             model.objective(x)
         model.step_profile.refresh(OneRank())
         assert model.elbo(x, 4).matching.var() < uniform / 5
+
+
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(17)])
+def test_the_proposal_follows_the_clamped_chain_that_validation_scores(parameterization):
+    """Near T a barely trained ε̂ is far outside [-1, 1]: training's KLs would put nearly all draws on steps that cost little."""
+    model = ddpm(parameterization, num_steps=20, schedule=diffusion.cosine)
+    x = torch.randint(0, 17, (400, 1, 4, 4)).to(torch.uint8)
+    with torch.no_grad():
+        for _ in range(60):
+            model.objective(x)
+        model.step_profile.refresh(OneRank())
+        kls = model.level_kls(x.repeat(4, 1, 1, 1))[:-1]
+    due = proposal_from(kls.square().mean(1).sqrt())
+    torch.testing.assert_close(model.step_profile.proposal[2:], due[2:], rtol=0.2, atol=0.004)
+
+
+def test_only_training_is_recorded():
+    model = ddpm(X0(), num_steps=10).eval()
+    model.objective(torch.zeros(4, 1, 4, 4, dtype=torch.uint8))
+    assert model.step_profile.recorded()["sums"] is None
 
 
 def test_elbo_weighting_minimises_the_bound_and_simple_the_noise_error():
