@@ -48,13 +48,12 @@ class StopsBehindBatches(Checkpoint):
 
 
 class StopTogether(StopsBehindBatches):
-    """Notes SIGTERM, and lets the ranks agree to stop where the loss is logged and the device is waited for anyway.
+    """Notes SIGTERM and Ctrl-C, and lets the ranks agree to stop where the loss is logged and the device is waited for anyway.
 
     Lightning broadcasts from within the handler, where ranks that the signal found in different places wait for each other
     forever, and has all ranks wait for a broadcast at every batch. It also saves there when SLURM's time is up. Here SIGUSR1 is
-    noted too if ``requeue``, and the job put back in the queue once it has stopped. Where weights are sharded so is Ctrl-C, as
-    saving them takes every rank. A second Ctrl-C ends the rank at once, and so does another signal after ``PATIENCE``: a rank
-    that hangs never agrees.
+    noted too if ``requeue``, and the job put back in the queue once it has stopped. A second Ctrl-C ends the rank at once, and
+    so does another signal after ``PATIENCE``: a rank that hangs never agrees.
 
     Given after the run's own checkpoint callback, it finds last.ckpt written, but for sharded weights.
 
@@ -73,10 +72,13 @@ class StopTogether(StopsBehindBatches):
         if trainer.world_size > 1:
             heard.append(signal.SIGTERM)
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        if sharded_parts(pl_module):
+        if trainer.world_size > 1 or sharded_parts(pl_module):  # saving what is sharded takes every rank
             heard.append(signal.SIGINT)
         for number in heard:
-            signal.signal(number, self._ask)
+            if number != signal.SIGINT or callable(
+                signal.getsignal(number)
+            ):  # not where it is ignored, as in a shell's background
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
         if self._asked and (number == signal.SIGINT or time.monotonic() - self._since > PATIENCE):

@@ -17,7 +17,7 @@ class WholeSteps(StopsBehindBatches):
 
     Between two steps, too. A validation is cut off, but for one that Ctrl-C came just before, which ends first.
 
-    Only on one device: of several, some might begin a step that the others do not join.
+    Only on one device: several have to agree (:class:`callbacks.StopTogether`).
     """
 
     def __init__(self) -> None:

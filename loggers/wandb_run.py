@@ -6,6 +6,7 @@ import contextlib
 import netrc
 import os
 import secrets
+import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -138,7 +139,7 @@ def wandb_logger(
         logger.experiment.define_metric(metric, step_metric=STEP, summary="min")
     # every row holds it, so that a dashboard may take it as its x axis instead
     logger.experiment.define_metric("images_seen", step_metric=STEP, summary="max")
-    later = f"; upload later with: wandb sync {save_dir}/wandb/offline-run-*" if mode == "offline" else ""
+    later = f"; upload later with: wandb sync {shlex.quote(save_dir)}/wandb/offline-run-*" if mode == "offline" else ""
     print(f"W&B: {mode} ({why}){later}", flush=True)
     return logger
 
@@ -189,6 +190,6 @@ def finish_wandb(failed: bool) -> None:
     try:
         run.finish(exit_code=int(failed))
     except Exception as error:
-        later = f"wandb sync {Path(run.dir).parent}"
+        later = f"wandb sync {shlex.quote(str(Path(run.dir).parent))}"
         print(f"W&B could not end its run ({_brief(error)}); upload it later with: {later}", flush=True)
         _forget_server()

@@ -117,6 +117,16 @@ def first_free(taken: Callable[[int], bool], first: int = 1) -> int:
     return next(number for number in itertools.count(first) if not taken(number))
 
 
+def withdraw_result(directory: Path) -> None:
+    """Keeps the result of a run that now goes on under the next free number: until its end the run has none."""
+
+    def kept(number: int) -> Path:
+        return directory / f"{Path(RESULT).stem}-{number}.json"
+
+    if (directory / RESULT).exists():
+        (directory / RESULT).rename(kept(first_free(lambda number: kept(number).exists())))
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a record at once, so that a file that is there is whole; JSON has no NaN and no infinity: they become null."""
     draft = path.with_name(f"{path.name}.tmp")

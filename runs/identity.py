@@ -46,7 +46,7 @@ def job_name(cfg: DictConfig) -> str:
 
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Whether a command line starts a sweep."""
-    return bool(MULTIRUN & set(arguments))
+    return bool(MULTIRUN & set(arguments)) or any(re.fullmatch(r"hydra\.mode=(RunMode\.)?MULTIRUN", item) for item in arguments)
 
 
 def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
@@ -60,6 +60,7 @@ def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
         return arguments
     incidental = (
         "-",
+        "hydra.mode=",
         "hydra/launcher=",
         "hydra.launcher.",
         "sweep.",

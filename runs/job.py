@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -40,7 +40,7 @@ from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import RankError, SettingError, build_part, factory, plain
 from runs.devices import compile_networks, is_child_rank
-from runs.directory import CONFIG, FORMAT, RESULT, hold, write_json
+from runs.directory import CONFIG, FORMAT, RESULT, hold, withdraw_result, write_json
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
 from runs.resuming import choose_checkpoint, resume_command, same_images
 from runs.settings import check_limits, check_model, check_ranks, check_settings
@@ -177,6 +177,8 @@ def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) ->
     if cfg.trainer.get("enable_progress_bar") is False:
         parts.pop("progress", None)
     callbacks = [*(build_part(part) for part in parts.values()), LastValidation()]
+    if not cfg.trainer.get("fast_dev_run") and not is_child_rank():
+        callbacks.append(LambdaCallback(on_train_start=lambda *_: withdraw_result(directory)))
     if cfg.trainer.get("enable_checkpointing", True) and not cfg.trainer.get("fast_dev_run"):
         kept = {name: config[name] for name in ("model", "data", "seed")}
         callbacks += [RunCheckpoint(str(directory / "checkpoints"), kept, FORMAT), WholeSteps()]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from callbacks import all_finite
@@ -52,7 +53,8 @@ def choose_checkpoint(
             )
     if not is_child_rank():
         own = checkpoint is not None and directory in checkpoint.absolute().parents
-        claim(directory, continuing=own or cfg.ckpt == "auto")
+        again = checkpoint is not None and HydraConfig.get().mode == RunMode.MULTIRUN and not here.is_file()  # it kept nothing
+        claim(directory, continuing=own or again or cfg.ckpt == "auto")
     return checkpoint, step, images
 
 

@@ -120,7 +120,7 @@ def _check_lengths(cfg: DictConfig) -> None:
     if cfg.trainer.get("overfit_batches"):
         raise SettingError(
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
-            "the data: set trainer.limit_train_batches and trainer.limit_val_batches"
+            "the data: add +trainer.limit_train_batches=N and +trainer.limit_val_batches=N"
         )
     if cfg.trainer.get("use_distributed_sampler", True):  # as Lightning has it where nothing is said
         raise SettingError(
@@ -185,7 +185,7 @@ def check_model(model: LikelihoodModule, image_shape: tuple[int, ...]) -> None:
 
 
 def check_limits(cfg: DictConfig, datamodule: ImageDataModule) -> None:
-    """Refuses a share of the batches that is less than one, which Lightning would refuse when it comes to them."""
+    """Refuses shares of the batches and intervals that Lightning would refuse when it comes to them."""
     for split in ("train", "val", "test"):
         limit = cfg.trainer.get(f"limit_{split}_batches")
         if isinstance(limit, float) and limit:
@@ -194,6 +194,15 @@ def check_limits(cfg: DictConfig, datamodule: ImageDataModule) -> None:
                 raise SettingError(
                     f"trainer.limit_{split}_batches={limit}: that is none of {num} batches, give a number of them"
                 )
+    interval, limit = cfg.trainer.get("val_check_interval"), cfg.trainer.get("limit_train_batches")
+    if isinstance(interval, int) and cfg.trainer.get("check_val_every_n_epoch") is not None:
+        num = len(datamodule.train_dataloader())
+        num = int(limit * num) if isinstance(limit, float) else min(num, limit or num)
+        if interval > num:
+            raise SettingError(
+                f"trainer.val_check_interval={interval}: an epoch has {num} batches; give no more, or count on through epochs "
+                "by trainer.check_val_every_n_epoch=null"
+            )
 
 
 def check_ranks(trainer: Trainer, datamodule: ImageDataModule, cfg: DictConfig) -> None:

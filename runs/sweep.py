@@ -35,6 +35,7 @@ ENTRY = Path(__file__).resolve().parents[1] / "train.py"
 PLANS = {  # what happens with a job in each state
     "done": "skipped",
     "failed": "tried again",
+    "ended": "started again",
     "interrupted": "continued",
     "started": "started again",
     "new": "to run",
@@ -43,12 +44,15 @@ BEFORE = "-before-"  # in the name of what a job left before sweep.fresh=true ra
 
 
 def read_state(directory: Path) -> tuple[str, str]:
-    """Returns (state, reason): done, failed, interrupted (there is a checkpoint), started (there is none) or new."""
+    """Returns (state, reason): done, failed, ended, interrupted (there is a checkpoint), started (there is none) or new.
+
+    A job has ended without a result where a callback did what it was for, as the search for a batch size.
+    """
     if _read(directory / RESULT):
         return "done", ""
     written = _read(directory / STATE)
-    if written.get("status") == "failed":
-        return "failed", str(written.get("reason", ""))
+    if written.get("status") in ("failed", "ended"):
+        return written["status"], str(written.get("reason", ""))
     if (directory / LAST).is_file():
         return "interrupted", ""
     return ("started" if directory.is_dir() else "new"), ""
@@ -104,17 +108,20 @@ def _run_held(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Path, 
     write_state(directory, "running", overrides)
     with flag_override(hydra, ["readonly", "struct"], False):
         hydra.runtime.output_dir = str(directory)
-    resumed = (directory / LAST).is_file() and cfg.ckpt is None
+    # its own checkpoint comes before one that it began from; auto: one that ended before its first begins anew where it is
+    own = "last" if (directory / LAST).is_file() else None if cfg.ckpt else "auto"
     with open_dict(cfg):
-        # auto: a job that ended before its first checkpoint begins anew where its config already is
-        cfg.ckpt = "last" if resumed else cfg.ckpt or "auto"
+        cfg.ckpt = own or cfg.ckpt
         _name_in_wandb(cfg, sweep, directory, overrides)
     share_threads()
     try:
-        with one_job(ENTRY, directory, ("ckpt=last",) if resumed else ()):
+        with one_job(ENTRY, directory, ("ckpt=last",) if own == "last" else ()):
             objective = run(cfg)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if type(stop) is SystemExit:  # a callback's; SIGTERM makes another in Lightning, which ends with code 0
+        if type(stop) is SystemExit and not stop.code:  # a callback's, that has done what the job was for
+            write_state(directory, "ended", overrides)
+            return None
+        if type(stop) is SystemExit:  # SIGTERM makes another in Lightning
             raise
         write_state(directory, "interrupted", overrides)
         raise KeyboardInterrupt from None
@@ -208,7 +215,8 @@ class SweepReport(Callback):
         table = Table()
         for heading in ("job", "state", "plan"):
             table.add_column(heading)
-        for overrides in grid(list(config.hydra.overrides.task)):
+        given = (f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items())  # of the config, as Hydra's
+        for overrides in grid([*given, *config.hydra.overrides.task]):
             place = self.directory / f"refused-{digest(' '.join(overrides))}"
             try:
                 cfg = compose(config.hydra.job.config_name, overrides=overrides, return_hydra_config=True)
@@ -252,11 +260,11 @@ class SweepReport(Callback):
         states = self.states()
         counts = Counter("not started" if state == "new" else state for state, _ in states.values())
         done = counts.pop("done", 0)
-        self.failed = bool(counts)
+        self.failed = bool(counts.keys() - {"ended"})
         rest = "".join(f", {number} {state}" for state, number in counts.items())
         print(f"sweep: {done} of {len(states)} jobs done{rest} in {self.directory}", flush=True)
         for directory, (state, reason) in states.items():
-            if state not in ("done", "new"):
+            if state not in ("done", "ended", "new"):
                 print(f"  {state}: {directory.name}  {reason}", flush=True)
 
 

@@ -15,10 +15,10 @@ class Counted(LiveProgress):
         super().__init__(console_kwargs={"file": io.StringIO(), "force_terminal": True}, **settings)
         self.moves = []
 
-    def _update(self, progress_bar_id, current, visible=True, hard=False):
+    def _update(self, progress_bar_id, current, *more):
         if progress_bar_id == self.train_progress_bar_id and not self.trainer.validating:
             self.moves.append(current)
-        super()._update(progress_bar_id, current, visible, hard)
+        super()._update(progress_bar_id, current, *more)
 
 
 def moves(seconds):

@@ -1,8 +1,11 @@
 """N devices are one device: every figure and every checkpoint, uneven last batches, accumulation and shards included."""
 
 import csv
+import os
 import re
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from runs.devices import shards_on_cpu
 from tests.data_files import pictures, write_idx
 from tests.evaluation.evaluations import evaluate_here
-from tests.jobs import QUICK, command, result, run_here
+from tests.jobs import QUICK, begin, command, result, run_here
 
 DATA = (
     "data=mnist", "data.num_val=21", "data.batch_size=16", "logger=csv", "model/lr_scheduler=constant",
@@ -139,6 +142,31 @@ def test_either_goes_on_on_one_device_and_what_one_device_began_goes_on_in_shard
     for other in figures[1:]:
         assert other.keys() == figures[0].keys()
         assert list(other.values()) == pytest.approx(list(figures[0].values()), rel=1e-4, abs=1e-4)
+
+
+def test_ctrl_c_stops_all_ranks_behind_one_batch_and_the_run_that_goes_on_is_the_same(data, tmp_path):
+    """Only the first rank hears it; amid an epoch, with a DDPM's next validation still to come."""
+    lengths = ("trainer.max_epochs=12", "trainer.check_val_every_n_epoch=12")
+    few = ("trainer.log_every_n_steps=2", "trainer.accumulate_grad_batches=1", "callbacks.pictures=null", *lengths)
+    settings = (*DDPM, f"paths.data_dir={data}", *few)
+    run_here(tmp_path / "whole", *settings)
+    job = (*QUICK[2:], *settings, "trainer=ddp_cpu", "hydra.run.dir=run")
+    process, metrics = begin(*job, cwd=tmp_path), tmp_path / "run" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    stopped = process.finish(timeout=120)
+    assert stopped.returncode == 130, stopped.stderr
+    (step,) = re.findall(r"interrupted at step (\d+); to go on:", stopped.stdout)
+    assert 4 < int(step) < 48
+    assert int(step) % 2 == 0
+    done = command(*job, "ckpt=last", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    there, here = rows(tmp_path / "whole" / "run"), rows(tmp_path / "run")
+    assert there.keys() == here.keys()
+    for key, value in there.items():
+        assert here[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
 def test_either_is_evaluated_on_one_device(pair):

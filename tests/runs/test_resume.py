@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import os
 import signal
 
@@ -312,6 +313,23 @@ def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_a
             run_here(tmp_path / "parts", *accumulate)
     run_here(tmp_path / "parts", *accumulate, "ckpt=last")
     assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(tmp_path / "whole")]
+
+
+def test_a_finished_run_that_goes_on_has_no_result_until_it_has_ended_again(tmp_path, monkeypatch):
+    settings = ("model=vae", "logger=csv", "callbacks.pictures=null")
+    run_here(tmp_path, *settings)
+    first = result(tmp_path / "run")
+    run_here(tmp_path, *settings, "ckpt=last")
+    assert {path.name for path in (tmp_path / "run").glob("result*")} == {"result.json"}  # nothing was left to train
+    with monkeypatch.context() as patch:
+        patch.setattr(VAELightningModule, "on_train_batch_start", lambda *_: interrupted_at_once())
+        with pytest.raises(KeyboardInterrupt):
+            run_here(tmp_path, *settings, "ckpt=last", "trainer.max_epochs=3")
+    assert {path.name for path in (tmp_path / "run").glob("result*")} == {"result-1.json"}
+    run_here(tmp_path, *settings, "ckpt=last", "trainer.max_epochs=3")
+    assert result(tmp_path / "run")["step"] == 33
+    kept = json.loads((tmp_path / "run" / "result-1.json").read_text())
+    assert (kept["step"], kept["metrics"]) == (22, first["metrics"])
 
 
 def test_a_finished_run_that_is_started_again_has_one_row_of_its_test(tmp_path):

@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 
-from runs.identity import identity, with_sweep_directory
+from runs.identity import identity, job_name, with_sweep_directory
+from runs.sweep import run_in_sweep
 from tests.jobs import QUICK, SMALL_DDPM, begin, command, configure, result, run_here
 from tests.runs.cluster import make_cluster
 from tests.runs.ranks import RECORD, assert_ranks_agree
@@ -58,6 +59,7 @@ def test_the_same_sweep_has_the_same_directory_and_another_has_another():
     base = directory("-m", "seed=0,1", "model/schedule=cosine,linear")
     assert base == directory("--multirun", "model/schedule=cosine,linear", "seed=0,1")
     assert base == directory("-m", "seed=0,1", "model/schedule=cosine,linear", "hydra/launcher=joblib", "sweep.fresh=true")
+    assert base == directory("hydra.mode=MULTIRUN", "seed=0,1", "model/schedule=cosine,linear")
     assert base != directory("-m", "seed=0,2", "model/schedule=cosine,linear")
     assert "schedule-seed" in base[0]
     for line in ("seed=0,1 -m", "-m seed=0,1", "--config-dir here -m ~logger seed=0,1", "--config-dir here -m"):
@@ -298,6 +300,34 @@ def test_a_combination_that_makes_no_config_stops_no_other(tmp_path):
     (place,) = sweep.glob("refused-*")
     assert json.loads((place / "job.json").read_text())["status"] == "failed"
     assert [path.parent.name.split("-")[0] for path in sweep.glob("*/result.json")] == ["ddpm"]
+
+
+def test_a_sweep_of_the_config_is_planned_as_one_of_the_command_line(tmp_path):
+    settings = ("model=vae,mhvae", *QUICK, "trainer.max_epochs=1", "callbacks.pictures=null", "logger=csv")
+    done = command("hydra.mode=MULTIRUN", *settings, 'hydra.sweeper.params={model/posterior:"markov"}', cwd=tmp_path)
+    assert done.returncode == 1
+    assert "left out: it cannot be composed" in done.stdout
+    assert "sweep: 1 of 2 jobs done, 1 failed" in done.stdout
+
+
+def test_a_job_that_goes_on_from_elsewhere_goes_on_from_its_own_checkpoint_once_it_has_one(tmp_path):
+    cfg = configure(tmp_path, "model=vae", "ckpt=elsewhere.ckpt")
+    job = tmp_path / "run" / job_name(cfg)
+    seen = []
+    assert run_in_sweep(cfg, lambda cfg: seen.append(cfg.ckpt)) is None
+    (job / "checkpoints").mkdir()
+    (job / "checkpoints" / "last.ckpt").touch()
+    cfg = configure(tmp_path, "model=vae", "ckpt=elsewhere.ckpt")
+    run_in_sweep(cfg, lambda cfg: seen.append(cfg.ckpt))
+    assert seen == ["elsewhere.ckpt", "last"]
+
+
+def test_a_job_that_a_callback_ends_ends_no_sweep(tmp_path):
+    settings = ("model=vae,mhvae", "trainer.accelerator=cpu", "trainer.devices=1", "callbacks=batch_size_finder", "logger=csv")
+    done = command("-m", *settings, "callbacks.batch_size_finder.most=2", cwd=tmp_path)
+    assert done.stdout.count("data.batch_size=2 fits") == 2
+    assert "sweep: 0 of 2 jobs done, 2 ended" in done.stdout
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_launcher_refuses_is_said(tmp_path):
