@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,13 +30,18 @@ class UnreadablePictureError(ValueError):
         super().__init__(message.strip().splitlines()[-1].split("UnreadablePictureError: ")[-1])
 
 
-def eight_bits(picture: Image.Image, path: Path) -> Image.Image:
+def eight_bits(picture: Image.Image, path: Path, kind: str | None) -> Image.Image:
     """Returns a picture of 16-bit grey levels as one of 8 bits, and others as they are; Pillow would cut off what is above 255.
+
+    Args:
+        picture: what was decoded.
+        path: of the file.
+        kind: of the file, as Pillow calls it.
 
     Raises:
         UnreadablePictureError: for numbers whose range the file does not tell.
     """
-    if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):  # as older versions open 16-bit PNG files
+    if picture.mode == "F" or (picture.mode == "I" and kind != "PNG"):  # as older versions open 16-bit PNG files
         raise UnreadablePictureError(
             f"image_folder: {path} holds 32-bit numbers (mode {picture.mode}), whose black and white are unknown: convert it "
             "to 8 or 16 bits"
@@ -68,7 +74,8 @@ class Pictures:
         """
         try:
             with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(eight_bits(file, path)).convert("L" if self.channels == 1 else "RGB")
+                picture = eight_bits(ImageOps.exif_transpose(file), path, file.format)
+            picture = picture.convert("L" if self.channels == 1 else "RGB")
             picture = resize(picture, self.image_size, InterpolationMode.BICUBIC)
             return pil_to_tensor(center_crop(picture, self.image_size))
         except UnreadablePictureError:
@@ -202,6 +209,6 @@ def _digest(root: Path, splits: dict[str, list[Path]]) -> str:
 
 
 def _pictures(folder: Path) -> list[Path]:
+    paths = (Path(base, name) for base, _, names in os.walk(folder) for name in names)
     # names that begin with a dot are a file system's own notes, such as ._cat.jpg
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))
-    return sorted(paths)
+    return sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))

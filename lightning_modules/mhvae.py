@@ -59,6 +59,8 @@ class MHVAELightningModule(LikelihoodModule):
         self.likelihood, self.depth, self.latent_dim, self.beta = likelihood, depth, latent_dim, beta
         sizes = {"depth": depth, "latent_dim": latent_dim}
         if not isinstance(posterior, nn.Module):
+            if encoder is None:
+                raise ValueError("model.encoder is missing: this posterior is built from one; give it built, or give a factory")
             posterior = posterior(encoder=partial(encoder, image_shape=self.image_shape), transitions=transition, **sizes)
             shared = {id(module) for module in transition} if isinstance(transition, Sequence) else set()
             if shared & {id(module) for module in posterior.modules()}:

@@ -14,7 +14,7 @@ torch.lgamma(torch.ones(1))
 
 def log1mexp(d: Tensor) -> Tensor:
     """Returns ln(1 - e^d) for d < 0, to the dtype's rounding of 1 where it is near 0, and relatively elsewhere."""
-    d = d.clamp(max=-(torch.finfo(d.dtype).tiny ** 0.5))  # bins narrower than rounding: a large finite -ln, not infinity
+    d = d.clamp(max=-(torch.finfo(d.dtype).tiny ** 0.5))  # d that rounds to 0: a large finite -ln, not infinity
     return torch.log(-torch.expm1(d))
 
 

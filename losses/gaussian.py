@@ -26,6 +26,11 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def inverse_std(log_std: Tensor) -> Tensor:
+    """Returns exp(-ln σ), where it overflows a large finite number: means that agree are then 0 standard deviations apart."""
+    return torch.exp((-log_std).clamp(max=math.log(torch.finfo(log_std.dtype).max) - 1))
+
+
 def sum_except_batch(x: Tensor) -> Tensor:
     """Sums over every dimension but the first: (B, *) -> (B,)."""
     return x.flatten(1).sum(1) if x.ndim > 1 else x
@@ -79,7 +84,7 @@ class DiagGaussian:
 
     def log_prob_per_dim(self, z: Tensor) -> Tensor:
         """Returns ln N(z; mean, std²) of each dimension, in nats: (B, *) -> (B, *)."""
-        standardized = (z - self.mean) * torch.exp(-self.log_std)
+        standardized = (z - self.mean) * inverse_std(self.log_std)
         return -0.5 * standardized.square() - self.log_std - HALF_LOG_2PI
 
 
@@ -91,7 +96,7 @@ def kl(q: DiagGaussian, p: DiagGaussian) -> Tensor:
 def kl_per_dim(q: DiagGaussian, p: DiagGaussian) -> Tensor:
     """Returns KL(q ‖ p) of each dimension, in nats: (B, *)."""
     log_scale = q.log_std - p.log_std  # ln(σ_q / σ_p)
-    shift = (q.mean - p.mean) * torch.exp(-p.log_std)
+    shift = (q.mean - p.mean) * inverse_std(p.log_std)
     # ½(e^{2a} - 1) - a with expm1: equal variances give exactly 0, and others a rounding of a itself, not of 1
     return 0.5 * (shift.square() + torch.expm1(2 * log_scale)) - log_scale
 

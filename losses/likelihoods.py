@@ -171,8 +171,8 @@ class _Discretized:
         """Returns the ln scale under which a mean some million away would have no finite ln P: Gaussian in float32, -28."""
         return math.log(1e7) - math.log(torch.finfo(dtype).max) / cls.tail
 
-    def _log_mass(self, lower: Tensor, upper: Tensor, width: Tensor) -> Tensor:
-        """ln(F(upper) - F(lower)) for standardised edges ``width`` apart, which their difference holds rounded only."""
+    def _log_mass(self, lower: Tensor, upper: Tensor, log_width: Tensor) -> Tensor:
+        """ln(F(upper) - F(lower)) for standardised edges e^log_width apart, which their difference holds rounded only."""
         raise NotImplementedError
 
     def _log_cdf(self, z: Tensor) -> Tensor:
@@ -189,7 +189,8 @@ class _Discretized:
 
     def log_mass(self, mean: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x) of each pixel, nats: tensors that broadcast together, x of integers -> their shape."""
-        inverse_scale = torch.exp(-log_scale.clamp(min=self.least_log_scale(log_scale.dtype)))
+        log_scale = log_scale.clamp(min=self.least_log_scale(log_scale.dtype))
+        inverse_scale = torch.exp(-log_scale)
         # Both edges of a bin come from integers, so a level's upper edge and the next one's lower edge are the same
         # float and the probabilities telescope to one.
         centre = 2 * x.to(mean.dtype) - (self.levels - 1)
@@ -197,8 +198,8 @@ class _Discretized:
         upper = ((centre + 1) / (self.levels - 1) - mean) * inverse_scale
         lowest, highest = x == 0, x == self.levels - 1
         open_ended = self._log_cdf(torch.where(lowest, upper, -lower))  # F(-z) = 1 - F(z): both are symmetric
-        width = 2 / (self.levels - 1) * inverse_scale
-        return torch.where(lowest | highest, open_ended, self._log_mass(lower, upper, width))
+        log_width = math.log(2 / (self.levels - 1)) - log_scale
+        return torch.where(lowest | highest, open_ended, self._log_mass(lower, upper, log_width))
 
     def mean(self, params: Tensor) -> Tensor:
         """Returns the level nearest to the mean parameter: uint8 (B, C, H, W)."""
@@ -222,8 +223,8 @@ class DiscretizedGaussian(_Discretized):
     def _log_cdf(self, z: Tensor) -> Tensor:
         return log_normal_cdf(z)
 
-    def _log_mass(self, lower: Tensor, upper: Tensor, width: Tensor) -> Tensor:
-        middle = 0.5 * (lower + upper)
+    def _log_mass(self, lower: Tensor, upper: Tensor, log_width: Tensor) -> Tensor:
+        middle, width = 0.5 * (lower + upper), log_width.exp()
         flat = (1 + middle.abs()) * width < (1920 * torch.finfo(width.dtype).eps) ** 0.25
         flip = middle > 0  # in the upper tail both cdfs round to 1: mirror the bin into the lower tail
         log_upper = self._log_cdf(torch.where(flip, -lower, upper))
@@ -231,8 +232,7 @@ class DiscretizedGaussian(_Discretized):
         log_lower = torch.where(flat, log_upper - 1, self._log_cdf(torch.where(flip, -upper, lower)))
         # F(m + w/2) - F(m - w/2) = w φ(m) (1 + (m² - 1) w²/24 + (m⁴ - 6 m² + 3) w⁴/1920 + ...)
         square, width = torch.where(flat, middle, 0.0).square(), torch.where(flat, width, 1.0)
-        width = width.clamp(min=torch.finfo(width.dtype).tiny)
-        narrow = width.log() - 0.5 * square - HALF_LOG_2PI + (square - 1) * width.square() / 24
+        narrow = log_width - 0.5 * square - HALF_LOG_2PI + (square - 1) * width.square() / 24
         return torch.where(flat, narrow, log_upper + log1mexp(log_lower - log_upper))
 
     def _noise(self, like: Tensor) -> Tensor:
@@ -247,9 +247,14 @@ class DiscretizedLogistic(_Discretized):
     def _log_cdf(self, z: Tensor) -> Tensor:
         return F.logsigmoid(z)
 
-    def _log_mass(self, lower: Tensor, upper: Tensor, width: Tensor) -> Tensor:
-        # F(b) - F(a) = F(b) F(-a) (1 - e^{a-b}) for the logistic function: no cancellation anywhere
-        return F.logsigmoid(upper) + F.logsigmoid(-lower) + log1mexp(-width)
+    def _log_mass(self, lower: Tensor, upper: Tensor, log_width: Tensor) -> Tensor:
+        # F(b) - F(a) = F(b) F(-a) (1 - e^-w) for the logistic function: no cancellation anywhere; where w itself is not to be
+        # had, ln(1 - e^-w) = ln w - w/2 + w²/24 - w⁴/2880 ...
+        width = log_width.exp()
+        narrow = width < (2880 * torch.finfo(width.dtype).eps) ** 0.25
+        small, large = torch.where(narrow, width, 0.0), torch.where(narrow, 1.0, width)
+        log_part = torch.where(narrow, log_width - 0.5 * small + small.square() / 24, log1mexp(-large))
+        return F.logsigmoid(upper) + F.logsigmoid(-lower) + log_part
 
     def _noise(self, like: Tensor) -> Tensor:
         return torch.logit(torch.rand_like(like).clamp(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps))

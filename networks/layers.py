@@ -38,6 +38,17 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
+def check_embedding(**dim: int) -> None:
+    """Refuses an embedding of t without a sine and a cosine, which would be 0 whatever t is.
+
+    Raises:
+        ValueError: naming the size.
+    """
+    ((name, size),) = dim.items()
+    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+        raise ValueError(f"{name} must be an integer of at least 2, got {size!r}: the network could not tell steps apart")
+
+
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Returns (sin t·ω_i, cos t·ω_i) with ω_i falling geometrically from 1 to 1/max_period: (B,) -> (B, dim) float32.
 

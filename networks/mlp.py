@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from losses import DiagGaussian
 from losses.gaussian import full_precision
 from networks.conv import LOG_STD_RANGE
-from networks.layers import Dropout, run_in_full_precision, soft_clamp, timestep_embedding
+from networks.layers import Dropout, check_embedding, run_in_full_precision, soft_clamp, timestep_embedding
 
 
 def check_sizes(**sizes: int) -> None:
@@ -210,7 +210,8 @@ class MLPDenoiser(nn.Module):
         time_dim: int = 64,
     ) -> None:
         super().__init__()
-        check_sizes(hidden_dim=hidden_dim, num_blocks=num_blocks, time_dim=time_dim)
+        check_sizes(hidden_dim=hidden_dim, num_blocks=num_blocks)
+        check_embedding(time_dim=time_dim)
         self.time_dim = time_dim
         self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.SiLU())
         self.stem = nn.Linear(math.prod(image_shape), hidden_dim)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.layers import ResBlock, group_norm, run_in_full_precision, timestep_embedding, zeroed
+from networks.layers import ResBlock, check_embedding, group_norm, run_in_full_precision, timestep_embedding, zeroed
 
 
 class UNet(nn.Module):
@@ -51,6 +51,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         counts = {"outputs_per_channel": outputs_per_channel, "base_channels": base_channels, "num_heads": num_heads}
+        check_embedding(base_channels=base_channels)
         _check_counts(counts | {"num_res_blocks": num_res_blocks}, channel_multipliers)
         heights = _check_sizes(image_shape, channel_multipliers, attention_resolutions)
         widths = [base_channels * multiplier for multiplier in channel_multipliers]

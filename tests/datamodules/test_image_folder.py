@@ -160,6 +160,23 @@ def test_photographs_stand_as_their_camera_says(tmp_path):
     assert standing.float().std(2).mean() > 20
 
 
+def test_sixteen_bits_are_turned_as_eight_are(tmp_path):
+    ramp = np.tile(np.arange(0, 256, 32, dtype=np.uint8), (8, 1))
+    exif = Image.Exif()
+    exif[274] = 3  # upside down
+    for name, picture in {"eight": ramp, "sixteen": ramp.astype(np.uint16) * 257}.items():
+        Image.fromarray(picture).save(tmp_path / f"{name}.png", exif=exif)
+        turned = Pictures([], 8, 1).decode(tmp_path / f"{name}.png")[0]
+        assert turned.tolist() == ramp[::-1, ::-1].tolist()
+
+
+def test_a_folder_that_is_called_like_a_picture_is_none(tmp_path):
+    write(tmp_path / "train" / "cats.png", 8)
+    write(tmp_path / "val", 1)
+    write(tmp_path / "test", 1)
+    assert build(tmp_path).sizes["train"] == 8
+
+
 @pytest.mark.parametrize(("max_memory_gb", "num_workers"), [(2.0, 0), (0, 0), (0, 1)])
 def test_unreadable_pictures_are_named(tmp_path, max_memory_gb, num_workers):
     write(tmp_path / "train", 8)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -60,3 +62,13 @@ def test_elbo_is_one_decomposition_in_two_units():
     torch.testing.assert_close(elbo.bits_per_dim(4), torch.tensor([11.5, 22.0]) / (4 * torch.log(torch.tensor(2.0))))
     with pytest.raises(ValueError, match="per example"):
         Elbo(torch.zeros(2), torch.zeros(2), torch.zeros(()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_narrowest_gaussians_have_a_divergence_where_their_means_agree(dtype):
+    log_std = torch.tensor([[-89.0, -200.0, -800.0]], dtype=dtype).requires_grad_()
+    narrow = DiagGaussian(torch.zeros(1, 3, dtype=dtype), log_std)
+    assert kl(narrow, narrow).item() == 0
+    assert narrow.log_prob(narrow.mean).item() == pytest.approx(1089 - 1.5 * math.log(2 * math.pi))
+    (gradient,) = torch.autograd.grad(narrow.log_prob(narrow.mean).sum(), log_std)
+    assert gradient.tolist() == [[-1.0, -1.0, -1.0]]

@@ -97,7 +97,7 @@ def test_log_std_is_bounded_and_keeps_its_gradient(sign):
         (lambda: MLPDenoiser((1, 4, 4), hidden_dim=2.5), r"hidden_dim must be an integer of at least 1, got 2\.5"),
         (lambda: MLPDenoiser((1, 4, 4), dropout=1.0), "dropout must be a probability"),
         (lambda: MLPDenoiser((1, 4, 4), pixel_features=0), "pixel_features must be an integer of at least 1, got 0"),
-        (lambda: MLPDenoiser((1, 4, 4), time_dim=0), "time_dim must be an integer of at least 1, got 0"),
+        (lambda: MLPDenoiser((1, 4, 4), time_dim=1), "time_dim must be an integer of at least 2, got 1: the network could not"),
         (lambda: GaussianTransition(0, 3), "in_dim must be an integer of at least 1, got 0"),
     ],
 )
