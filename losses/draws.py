@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def mix(*parts: object) -> int:
-    """Returns a 63-bit seed that differs for any two different sequences of parts."""
+    """Returns 63 bits that differ for any two different sequences of parts; torch's CPU generator is seeded by 32 of them."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -40,7 +40,7 @@ from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import RankError, SettingError, build_part, factory, plain
 from runs.devices import compile_networks, is_child_rank
-from runs.directory import CONFIG, FORMAT, RESULT, hold, withdraw_result, write_json
+from runs.directory import CONFIG, FORMAT, LAST, RESULT, hold, withdraw_result, write_json
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
 from runs.resuming import choose_checkpoint, resume_command, same_images
 from runs.settings import check_limits, check_model, check_ranks, check_settings
@@ -266,8 +266,13 @@ def test(
     session, step = time.monotonic() - started, trainer.global_step
     best = getattr(run_checkpoint(trainer), "best_model_path", "") or None
     trainer.fit_loop.epoch_loop._batches_that_stepped = step  # which numbers the row of the test; one less after a resumed run
-    with one_sentence(trainer):
-        metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
+    try:
+        with one_sentence(trainer):
+            metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
+    except (KeyboardInterrupt, SystemExit, SIGTERMException):
+        if (directory / LAST).is_file():
+            say(trainer, f"\ninterrupted in the test; to begin it again:\n  {resume_command(directory)}")
+        raise
     tested = tested_step(trainer)
     metrics.pop("images_seen", None)  # no figure of the test set
     facts = {
