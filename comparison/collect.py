@@ -201,10 +201,16 @@ def level_kls(run: Run) -> tuple[list[int], list[float]]:
 
 
 def rate_distortion(run: Run) -> tuple[list[float], list[float]]:
-    """Returns (rate in bits/dim, RMSE in levels) along the reverse chain, of an evaluated DDPM; empty where there is none."""
+    """Returns (rate in bits/dim, RMSE in levels) along the reverse chain, of an evaluated DDPM; empty where there is none.
+
+    Nor is there where other weights were evaluated than the run was tested with, as before it went on.
+    """
     try:
-        results = _json(run.path / EVALUATION)["results"]
-        steps = next(iter(results.values()))["steps"]
+        evaluation = _json(run.path / EVALUATION)
+        steps = next(iter(evaluation["results"].values()))["steps"]
+        evaluated, tested = evaluation.get("step"), run.result.get("tested_step")
+        if None not in (evaluated, tested) and evaluated != tested:
+            return [], []
         return [float(rate) for rate in steps["rate_bits_per_dim"]], [float(error) for error in steps["rmse_levels"]]
     except (*UNREADABLE, StopIteration):
         return [], []

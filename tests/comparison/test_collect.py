@@ -157,6 +157,16 @@ def test_curves_kls_and_rates_are_read(tmp_path):
     assert len(rate) == len(error) == 4
 
 
+def test_an_evaluation_of_other_weights_is_not_the_runs(tmp_path):
+    directory = write_run(tmp_path / "run", extras=True)
+    for name, step in (("evaluation.json", {"step": 20}), ("result.json", {"tested_step": 20})):
+        record = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(record | step))
+    assert rate_distortion(read_run(directory)) != ([], [])
+    (directory / "result.json").write_text(json.dumps(record | {"tested_step": 30}))
+    assert rate_distortion(read_run(directory)) == ([], [])
+
+
 @pytest.mark.parametrize(
     "content",
     [

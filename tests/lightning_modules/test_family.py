@@ -358,3 +358,10 @@ def test_transitions_of_p_are_not_silently_those_of_q_too():
             MarkovPosterior, partial(MLPDecoder, hidden_dim=8), DiscretizedLogistic(LEVELS), 2, 3, encoder=encoder,
             transition=transitions, image_shape=SHAPE, levels=LEVELS,
         )  # fmt: skip
+
+
+def test_a_posterior_that_is_built_here_needs_an_encoder():
+    with pytest.raises(ValueError, match=r"model\.encoder is missing"):
+        MHVAELightningModule(
+            MarkovPosterior, nn.Identity(), DiscretizedLogistic(LEVELS), 2, 3, image_shape=SHAPE, levels=LEVELS
+        )
