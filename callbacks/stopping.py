@@ -75,9 +75,7 @@ class StopTogether(StopsBehindBatches):
         if trainer.world_size > 1 or sharded_parts(pl_module):  # saving what is sharded takes every rank
             heard.append(signal.SIGINT)
         for number in heard:
-            if number != signal.SIGINT or callable(
-                signal.getsignal(number)
-            ):  # not where it is ignored, as in a shell's background
+            if callable(signal.getsignal(number)) or number != signal.SIGINT:  # in a shell's background it is ignored
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:

@@ -14,13 +14,12 @@ from evaluation.estimate import Bound
 from evaluation.profile import StepMoments, rate_and_distortion
 from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
-from losses.elbo import SIGNS, nats_to_bits_per_dim
+from losses.elbo import nats_to_bits_per_dim
 from runs.build import plain
 from runs.directory import first_free, write_json
-from runs.report import TITLES, error, versions
+from runs.report import COSTS, TITLES, error, versions
 
 KEPT_STEPS = 100  # at most, spread over ln t
-COSTS = {name: -sign for name, sign in (SIGNS | {"elbo": 1}).items()}  # each term as a cost, summing to -ELBO
 
 
 def bound_record(bound: Bound, model: LikelihoodModule) -> dict[str, Any]:

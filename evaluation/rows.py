@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from lightning.fabric import Fabric
@@ -48,28 +47,26 @@ class Rows:
     def __len__(self) -> int:
         return len(self.order) * self.replicates
 
-    @cached_property
+    @property
+    def _group_size(self) -> int:
+        return max(1, min(LARGEST_GROUP, len(self.order) // LEAST_GROUPS))
+
+    @property
     def groups(self) -> Tensor:
         """Which group each image belongs to: (N,). Groups are independent of each other."""
-        size = max(1, min(LARGEST_GROUP, len(self.order) // LEAST_GROUPS))
-        return torch.arange(len(self.order)) // size
-
-    @cached_property
-    def _sizes(self) -> Tensor:
-        return torch.bincount(self.groups)
+        return torch.arange(len(self.order)) // self._group_size
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Own]:
         """Returns the images of some rows, (b, C, H, W), and their randomness."""
         places = torch.tensor([row // self.replicates for row in rows])
-        of_place = self.groups[places].tolist()
-        size = int(self._sizes[0])  # of all groups but the last, which may be smaller
+        size, num = self._group_size, len(self.order)
         generators, cells = [], []
-        for row, place, group in zip(rows, places.tolist(), of_place, strict=True):
-            replicate = row % self.replicates
+        for row, place in zip(rows, places.tolist(), strict=True):
+            replicate, (group, cell) = row % self.replicates, divmod(place, size)
             image = int(self.order[place])
             generators.append(seeded(self.seed, self.purpose, image, replicate))
             shift = mix(self.seed, self.purpose, "shift", group, replicate) / 2**63
-            cells.append((shift + (place - size * group) / int(self._sizes[group])) % 1.0)
+            cells.append((shift + cell / min(size, num - size * group)) % 1.0)  # the last group may be smaller
         own = Own(generators, torch.tensor(cells, dtype=torch.float64).clamp(max=1 - 1e-12))
         return self.images.index_select(0, self.order[places]), own
 

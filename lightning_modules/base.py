@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.lr_schedules import Constant
-from lightning_modules.metric import TERMS, ElboMetric
+from lightning_modules.metric import TERMS, ElboMetric, stacked
 from lightning_modules.sharding import gather, release, shard, sharded_parts
 from losses import Elbo, to_unit
 from losses.elbo import nats_to_bits_per_dim
@@ -204,8 +204,7 @@ class LikelihoodModule(LightningModule, ABC):
 
         Not by ``self.log``: from then on Lightning would read what a progress bar shows from the device behind every batch.
         """
-        terms = torch.cat([elbo.value.unsqueeze(0), elbo.terms()]).detach()
-        means = torch.cat([loss.unsqueeze(0), terms.mean(1).to(loss.dtype)])
+        means = torch.cat([loss.unsqueeze(0), stacked(elbo).mean(1).to(loss.dtype)])
         self._noted.append(self.trainer.strategy.reduce(means, reduce_op="mean"))
         self.trainer.callback_metrics.update(self._headline(self._noted[-1][1]), **{"train/loss": self._noted[-1][0]})
 

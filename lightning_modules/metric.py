@@ -15,6 +15,11 @@ from losses.elbo import SIGNS
 TERMS = ("elbo", *SIGNS)
 
 
+def stacked(elbo: Elbo) -> Tensor:
+    """Returns the bound and its terms in the order of :data:`TERMS`, without a gradient: (4, B), nats."""
+    return torch.cat([elbo.value.unsqueeze(0), elbo.terms()]).detach()
+
+
 class ElboMetric(Metric):
     """Sums of nats, of squares and of examples, reduced over ranks and only then divided: uneven batches weigh right."""
 
@@ -35,7 +40,7 @@ class ElboMetric(Metric):
 
     def update(self, elbo: Elbo) -> None:
         """Adds a batch of per-example terms."""
-        terms = torch.cat([elbo.value.unsqueeze(0), elbo.terms()]).detach().to(self.total.dtype)
+        terms = stacked(elbo).to(self.total.dtype)
         # not in place: sums that trainer.validate has made are inference tensors, which trainer.fit could not change
         self.total = self.total + terms.sum(1)
         self.square = self.square + terms.square().sum(1)

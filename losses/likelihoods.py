@@ -156,7 +156,7 @@ class Categorical:
 class _Discretized:
     """A location-scale density integrated over the bin of each level; params are (mean, ln scale), both in [-1, 1] units.
 
-    A scale has a floor, far below a bin: ln P would not be a number under it. Its ln is :meth:`least_log_scale`.
+    A scale has a floor, far below a bin: ln P would not be a number under it.
     """
 
     levels: int = 256
@@ -166,10 +166,9 @@ class _Discretized:
     def __post_init__(self) -> None:
         check_levels(self.levels)
 
-    @classmethod
-    def least_log_scale(cls, dtype: torch.dtype) -> float:
-        """Returns the ln scale under which a mean some million away would have no finite ln P: Gaussian in float32, -28."""
-        return math.log(1e7) - math.log(torch.finfo(dtype).max) / cls.tail
+    def _floored(self, log_scale: Tensor) -> Tensor:
+        """Ln scale, from where a mean some million away still has a finite ln P: -28 for a Gaussian in float32."""
+        return log_scale.clamp(min=math.log(1e7) - math.log(torch.finfo(log_scale.dtype).max) / self.tail)
 
     def _log_mass(self, lower: Tensor, upper: Tensor, log_width: Tensor) -> Tensor:
         """ln(F(upper) - F(lower)) for standardised edges e^log_width apart, which their difference holds rounded only."""
@@ -189,7 +188,7 @@ class _Discretized:
 
     def log_mass(self, mean: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x) of each pixel, nats: tensors that broadcast together, x of integers -> their shape."""
-        log_scale = log_scale.clamp(min=self.least_log_scale(log_scale.dtype))
+        log_scale = self._floored(log_scale)
         inverse_scale = torch.exp(-log_scale)
         # Both edges of a bin come from integers, so a level's upper edge and the next one's lower edge are the same
         # float and the probabilities telescope to one.
@@ -211,8 +210,7 @@ class _Discretized:
 
     def draw(self, mean: Tensor, log_scale: Tensor) -> Tensor:
         """Draws each pixel from its mean and scale, of one shape: uint8 of that shape."""
-        scale = log_scale.clamp(min=self.least_log_scale(log_scale.dtype)).exp()
-        return from_unit(mean + scale * self._noise(mean), self.levels)
+        return from_unit(mean + self._floored(log_scale).exp() * self._noise(mean), self.levels)
 
 
 class DiscretizedGaussian(_Discretized):

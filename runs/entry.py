@@ -119,7 +119,7 @@ def sentence(error: BaseException) -> str:
     unknown = re.match(r"Could not override '([^']+)'\. To append to your config use (\S+)", text)
     if unknown is None:
         return text
-    near = get_close_matches(unknown[1], [*_settings(), *_groups()], n=2, cutoff=0.8)
+    near = get_close_matches(unknown[1], {*_settings(), *_groups()}, n=2, cutoff=0.8)
     advice = f"is it {' or '.join(near)}?" if near else f"python {Path(sys.argv[0]).name} --cfg job shows them all;"
     return f"{unknown[1]} is no setting: {advice} {unknown[2]} adds one"
 
@@ -142,5 +142,5 @@ def _settings() -> list[str]:
 
 
 def _groups() -> list[str]:
-    """Returns the names of all groups with a / in them; those without are settings too."""
-    return [str(path.relative_to(CONF)) for path in CONF.glob("*/*") if path.is_dir()]
+    """Returns the names of all groups: of some, nothing is chosen, so that they are no settings."""
+    return [str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir()]

@@ -24,6 +24,8 @@ TITLES = {
     "elbo": "total  −ELBO",
 }
 
+COSTS = {term: -SIGNS.get(term, 1) for term in TITLES}  # the sign of each term as a cost, summing to -ELBO
+
 
 def costs(metrics: dict[str, float], num_dims: int, levels: int | None) -> dict[str, dict[str, float]]:
     """Returns each term as a cost: {term: {nats, nats_se, bits_per_dim, bits_per_dim_se}}, summing to the total -ELBO.
@@ -31,8 +33,7 @@ def costs(metrics: dict[str, float], num_dims: int, levels: int | None) -> dict[
     Continuous data has no bits/dim: its figures are log-densities.
     """
     rows = {}
-    for term in TITLES:
-        sign = -SIGNS.get(term, 1)
+    for term, sign in COSTS.items():
         row = {"nats": sign * metrics[f"test/{term}"] + 0.0, "nats_se": metrics[f"test/{term}_se"]}  # + 0.0: no -0
         if levels is not None:
             row |= {f"bits_per_dim{end}": nats_to_bits_per_dim(row[f"nats{end}"], num_dims) for end in ("", "_se")}

@@ -53,8 +53,8 @@ def choose_checkpoint(
             )
     if not is_child_rank():
         own = checkpoint is not None and directory in checkpoint.absolute().parents
-        again = checkpoint is not None and HydraConfig.get().mode == RunMode.MULTIRUN and not here.is_file()  # it kept nothing
-        claim(directory, continuing=own or again or cfg.ckpt == "auto")
+        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # whose directories are named by what their jobs are
+        claim(directory, continuing=own or in_sweep or cfg.ckpt == "auto")
     return checkpoint, step, images
 
 

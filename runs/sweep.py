@@ -118,11 +118,11 @@ def _run_held(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Path, 
         with one_job(ENTRY, directory, ("ckpt=last",) if own == "last" else ()):
             objective = run(cfg)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if type(stop) is SystemExit and not stop.code:  # a callback's, that has done what the job was for
+        if type(stop) is SystemExit:  # a callback's; SIGTERM makes another in Lightning, which ends with code 0
+            if stop.code:
+                raise
             write_state(directory, "ended", overrides)
             return None
-        if type(stop) is SystemExit:  # SIGTERM makes another in Lightning
-            raise
         write_state(directory, "interrupted", overrides)
         raise KeyboardInterrupt from None
     except Exception as error:

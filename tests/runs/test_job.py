@@ -251,7 +251,8 @@ def test_the_command_works_from_anywhere_and_refuses_in_one_line(tmp_path):
     ("override", "words"),
     [
         ("model=vea", ["vea", "vae", "mhvae"]),
-        ("modle=vae", ["modle"]),
+        ("modle=vae", ["modle is no setting: is it model?"]),
+        ("experimnt=vae_conv", ["experimnt is no setting: is it experiment?"]),
         ("model/schedule=cosinus", ["cosinus", "log_snr_linear"]),
         ("model.num_stps=3", ["model.num_stps is no setting: is it model.num_steps? +model.num_stps=3 adds one"]),
         ("model.quantum=3", ["model.quantum is no setting: python train.py --cfg job shows them all; +model.quantum=3"]),
