@@ -16,7 +16,7 @@ from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import plain
-from runs.directory import first_free, write_json
+from runs.directory import first_free, one_writer, write_json
 from runs.report import COSTS, TITLES, error, versions
 
 KEPT_STEPS = 100  # at most, spread over ln t
@@ -125,18 +125,18 @@ def write_new(directory: Path, record: dict[str, Any], pictures: dict[str, Any])
     from matplotlib import pyplot as plt
 
     target, plots = directory / "evaluation.json", directory / "plots" / "evaluation"
-    directory.mkdir(parents=True, exist_ok=True)
 
     def kept(number: int) -> tuple[Path, Path]:
         return directory / f"evaluation-{number}.json", plots.with_name(f"evaluation-{number}")
 
-    number = first_free(lambda number: any(path.exists() for path in kept(number)))
-    for path, place in zip((target, plots), kept(number), strict=True):
-        if path.exists():
-            path.rename(place)
-    write_json(target, record)
-    for name, picture in pictures.items():
-        plots.mkdir(parents=True, exist_ok=True)
-        picture.savefig(plots / f"{name}.png", dpi=140)
-        plt.close(picture)
+    with one_writer(directory):
+        number = first_free(lambda number: any(path.exists() for path in kept(number)))
+        for path, place in zip((target, plots), kept(number), strict=True):
+            if path.exists():
+                path.rename(place)
+        write_json(target, record)
+        for name, picture in pictures.items():
+            plots.mkdir(parents=True, exist_ok=True)
+            picture.savefig(plots / f"{name}.png", dpi=140)
+            plt.close(picture)
     return target

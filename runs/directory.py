@@ -14,6 +14,7 @@ from typing import Any
 from runs.build import SettingError
 
 CONFIG, RESULT, LAST, BEST = "config.yaml", "result.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+WRITING = ".writing.lock"
 LOCK, WAIT = ".lock", 10.0  # seconds: the workers of a killed job notice after five, and keep what it held until then
 FORMAT = 1  # of checkpoints: raised when what they hold changes its meaning
 
@@ -49,6 +50,19 @@ def hold(directory: Path) -> Iterator[None]:
         raise
     finally:
         lock.release()
+
+
+@contextmanager
+def one_writer(directory: Path) -> Iterator[None]:
+    """Lets one process at a time choose a free number below a directory, and write under it, for the block.
+
+    The lock is not a run's own: a run that is trained can be evaluated and drawn from meanwhile.
+    """
+    from filelock import FileLock
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / WRITING):
+        yield
 
 
 def claim(directory: Path, continuing: bool) -> None:

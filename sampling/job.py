@@ -21,7 +21,7 @@ from evaluation.saved import SavedRun
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from losses.draws import mix
 from runs.build import SettingError, build_part, plain
-from runs.directory import first_free, write_json
+from runs.directory import first_free, one_writer, write_json
 from runs.job import quiet_libraries
 from runs.report import versions
 
@@ -163,12 +163,12 @@ def keep(saved: SavedRun, images: Tensor, model: LikelihoodModule, record: dict[
     from matplotlib import pyplot as plt
 
     folder = saved.directory / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    number = first_free(lambda number: any(folder.glob(f"drawn-{number}.*")))
-    path = folder / f"drawn-{number}.npz"
-    draft = path.with_suffix(".npz.tmp")
-    with draft.open("wb") as file:
-        np.savez(file, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
+    with one_writer(folder):
+        number = first_free(lambda number: any(folder.glob(f"drawn-{number}.*")))
+        path = folder / f"drawn-{number}.npz"
+        draft = path.with_suffix(".npz.tmp")
+        with draft.open("wb") as file:
+            np.savez(file, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
     draft.replace(path)
     kind = "means of p(x | z₁)" if record["mean"] else "draws of p(x | z₁)"
     some = f"{SHOWN} of {len(images)}" if len(images) > SHOWN else f"{len(images)}"

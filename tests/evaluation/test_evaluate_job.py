@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 
 import evaluation.estimate
 import evaluation.extras
+from evaluation.report import write_new
 from lightning_modules import LikelihoodModule
 from runs.build import SettingError, build_part
 from tests.data_files import pictures, write_folder
@@ -324,3 +326,10 @@ def test_two_ranks_give_the_figures_of_one(runs, tmp_path):
         assert other["iwae"]["nats"] == pytest.approx(part["iwae"]["nats"], abs=1e-4)
         assert other["iwae"]["effective_samples"] == pytest.approx(part["iwae"]["effective_samples"], abs=1e-4)
         assert other["balance"]["mutual_information"] == pytest.approx(part["balance"]["mutual_information"], abs=1e-4)
+
+
+def test_evaluations_that_end_together_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_new(tmp_path, {"number": number}, {}), range(40)))
+    assert sorted(json.loads(path.read_text())["number"] for path in tmp_path.glob("evaluation*.json")) == list(range(40))
+    assert not list(tmp_path.glob("*.tmp"))
