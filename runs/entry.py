@@ -119,21 +119,30 @@ def sentence(error: BaseException) -> str:
     unknown = re.match(r"Could not override '([^']+)'\. To append to your config use (\S+)", text)
     if unknown is None:
         return text
-    near = get_close_matches(unknown[1], {*_settings(), *_groups()}, n=2, cutoff=0.8)
+    settings, group = _settings(), unknown[1].split(".")[0]
+    if not any(name.startswith(f"{group}.") for name in settings):
+        choices = [f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml"))]
+        if having := [choice for choice in choices if unknown[1] in _settings(choice)]:
+            return f"{unknown[1]}: no {group} is chosen; add {' or '.join(having)}"
+    near = get_close_matches(unknown[1], {*settings, *_groups()}, n=2, cutoff=0.8)
     advice = f"is it {' or '.join(near)}?" if near else f"python {Path(sys.argv[0]).name} --cfg job shows them all;"
     return f"{unknown[1]} is no setting: {advice} {unknown[2]} adds one"
 
 
-def _settings() -> list[str]:
-    """Returns the names of all settings under the groups that the command line chooses, as far as they can be composed."""
+def _settings(*added: str) -> list[str]:
+    """Returns the names of all settings under the groups that are chosen by the command line, as far as it can be composed.
+
+    Args:
+        added: choices to take besides.
+    """
     from runs.build import flatten  # what builds is not loaded for --help
 
-    chosen = [item for item in sys.argv[1:] if re.match(r"[\w/]+=[\w-]+$", item)]
+    chosen = [item for item in sys.argv[1:] if re.match(r"[\w/]+=[\w-]+$|~[\w/]+$", item)]
     running = GlobalHydra.instance().is_initialized()  # in a sweep
     for overrides in (chosen, []):
         try:
             with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
-                found = OmegaConf.to_container(compose(Path(sys.argv[0]).stem, overrides))
+                found = OmegaConf.to_container(compose(Path(sys.argv[0]).stem, [*overrides, *added]))
             leaves = [key for name, value in found.items() for key, _ in flatten(value, name)]
             return sorted({".".join(key.split(".")[:depth]) for key in leaves for depth in range(1, key.count(".") + 2)})
         except (HydraException, OmegaConfBaseException):  # one of them may be what is misspelt
