@@ -14,7 +14,7 @@ from typing import Any
 from runs.build import SettingError
 
 CONFIG, RESULT, LAST, BEST = "config.yaml", "result.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
-WRITING = ".writing.lock"
+WRITING = ".writing.lock"  # held while an evaluation or a drawing is written
 LOCK, WAIT = ".lock", 10.0  # seconds: the workers of a killed job notice after five, and keep what it held until then
 FORMAT = 1  # of checkpoints: raised when what they hold changes its meaning
 
