@@ -71,9 +71,19 @@ def _new_directory(wished: Path) -> Path:
         name = f"{wished.name or 'comparison'}-{number}"
         return wished if number == 1 else wished.with_name(name) if wished.name else Path(name)
 
-    out = place(first_free(lambda number: any(place(number).glob("comparison.*"))))
+    return place(first_free(lambda number: not _claimed(place(number))))
+
+
+def _claimed(out: Path) -> bool:
+    """Makes a directory this comparison's own, unless another's is there: of two that start at once, one gets it."""
+    if any(out.glob("comparison.*")):
+        return False
+    page = out / "comparison.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        page.touch(exist_ok=False)
     except OSError as error:
+        if page.exists():
+            return False
         raise SettingError(f"out={out} cannot be made: {error.strerror}") from error
-    return out
+    return True

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -261,6 +262,17 @@ def test_nothing_on_disk_is_overwritten(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         compare(".", tmp_path / "sweep")
     assert (tmp_path / "comparison-2" / "comparison.html").exists()
+
+
+def test_comparisons_that_start_at_once_are_all_kept(tmp_path):
+    write_run(tmp_path / "runs" / "0", 2.0)
+    write_run(tmp_path / "runs" / "1", 2.1)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda _: compare(tmp_path / "out", tmp_path / "runs"), range(24)):
+            pass
+    made = sorted(tmp_path.glob("out*"))
+    assert len(made) == 24
+    assert all((one / f"comparison.{ending}").stat().st_size for one in made for ending in ("html", "csv", "md"))
 
 
 def test_hostile_names_break_no_table(tmp_path, capsys):
