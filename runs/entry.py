@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import re
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
@@ -46,6 +48,23 @@ def loading() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(_let_go)
+
+
+def _let_go() -> None:
+    """Has the interpreter's end free what modules hold, where bindings by nanobind (Triton's) would list all of it."""
+    if any(kind.__module__ == "nanobind" for kind in type.__subclasses__(type)):
+        gc.unfreeze()
+
+
+def take_lazy_help() -> None:
+    """Has argparse take a help text that is made only when it is shown, as Hydra 1.3 gives it one.
+
+    From Python 3.14 on argparse checks that help is text, and no command would start (facebookresearch/hydra#3121).
+    """
+    if hasattr(ArgumentParser, "_check_help"):
+        check = ArgumentParser._check_help
+        ArgumentParser._check_help = lambda self, action: check(self, action) if isinstance(action.help, str) else None
 
 
 def start(main: Callable[[], object]) -> None:
@@ -58,6 +77,7 @@ def start(main: Callable[[], object]) -> None:
         main: the decorated function.
     """
     spin_briefly()
+    take_lazy_help()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(Path(sys.argv[0]).stem))
         return

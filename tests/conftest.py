@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes share the cores
@@ -10,11 +9,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes share the c
 import pytest
 import torch
 
+from runs.entry import loading
 from tests.evaluation.evaluations import MODELS, Runs
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what is imported stays, and need not be searched for cycles throughout
+    with loading():  # what is imported stays, and need not be searched for cycles throughout
+        pass
 
 
 @pytest.fixture(autouse=True)

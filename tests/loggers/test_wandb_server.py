@@ -1,13 +1,11 @@
 """Servers that refuse, stay silent or answer with errors: none ends a run, and the run is offline at once."""
 
 import http.server
-import os
-import signal
 import socket
-import subprocess
 import threading
 import time
 
+import psutil
 import pytest
 
 import loggers.wandb_run as wandb_run
@@ -83,9 +81,8 @@ def test_a_run_outlives_wandbs_own_process_and_the_next_run_is_another(tmp_path,
         return wandb_logger(str(tmp_path / name), "elbo", name, mode="offline")
 
     logger = start("first")
-    listed = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
-    (process,) = (int(line.split()[0]) for line in listed.stdout.splitlines() if line.split()[1] == "wandb-core")
-    os.kill(process, signal.SIGKILL)
+    (process,) = (child for child in psutil.Process().children() if child.name() == "wandb-core")
+    process.kill()
     for step in range(200):  # what is written at once may still go into the dead process's socket
         logger.log_metrics({"val/bpd": 2.0}, step=step)
         if logger.failed and step > 2:

@@ -1,10 +1,14 @@
 """How an entry point starts."""
 
+import argparse
 import gc
+import subprocess
+import sys
 
 import pytest
 
-from runs.entry import loading
+from runs.entry import loading, take_lazy_help
+from tests.jobs import ROOT
 
 
 def test_the_collector_leaves_alone_what_is_imported_and_searches_what_comes_after():
@@ -24,3 +28,42 @@ def test_the_collector_works_on_where_an_import_fails():
     with pytest.raises(ModuleNotFoundError), loading():
         import no_such_module  # noqa: F401
     assert gc.isenabled()
+
+
+NAMED = """
+import weakref
+from runs.entry import loading
+
+class Binding(type):
+    pass
+
+Binding.__module__ = "{}"
+with loading():
+    cycle = type("Held", (), {{}})()
+    cycle.itself = cycle
+    ended = weakref.ref(cycle, lambda _: print("freed", flush=True))
+    held = [cycle]
+    held.append(held)
+    del cycle, held
+"""
+
+
+@pytest.mark.parametrize(("module", "freed"), [("nanobind", "freed"), ("pybind11_builtins", "")])
+def test_at_its_end_a_process_frees_what_was_imported_where_a_binding_would_list_it(module, freed):
+    ended = subprocess.run([sys.executable, "-c", NAMED.format(module)], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout.strip(), ended.stderr, ended.returncode) == (freed, "", 0)
+
+
+def test_argparse_takes_help_that_is_no_text_yet_and_checks_the_rest(monkeypatch):
+    def check_help(self, action):  # Python 3.14's, in short
+        if "%" in action.help:
+            raise ValueError("badly formed help string")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check_help, raising=False)
+    take_lazy_help()
+    parser = argparse.ArgumentParser()
+    action = parser.add_argument("--lazy", help=object())
+    parser._check_help(action)
+    action.help = "100%"
+    with pytest.raises(ValueError, match="badly formed"):
+        parser._check_help(action)
