@@ -14,7 +14,6 @@ def main(cfg: DictConfig) -> None:
     from comparison.job import run
     from runs.build import SettingError
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of directories may be anything
     try:
         run(cfg)
     except SettingError as error:

@@ -11,6 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -67,6 +68,14 @@ def take_lazy_help() -> None:
         ArgumentParser._check_help = lambda self, action: check(self, action) if isinstance(action.help, str) else None
 
 
+def print_what_a_terminal_lacks() -> None:
+    """Has a sign that the terminal's encoding lacks, or a name that is no text, printed by its number, here and in children."""
+    if isinstance(sys.stdout, TextIOWrapper):  # else a notebook's, which takes all
+        sys.stdout.reconfigure(errors="backslashreplace")
+    encoding = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]
+    os.environ["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"
+
+
 def start(main: Callable[[], object]) -> None:
     """Runs a ``hydra.main`` function.
 
@@ -78,6 +87,7 @@ def start(main: Callable[[], object]) -> None:
     """
     spin_briefly()
     take_lazy_help()
+    print_what_a_terminal_lacks()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(Path(sys.argv[0]).stem))
         return

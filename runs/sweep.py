@@ -127,7 +127,7 @@ def _run_held(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Path, 
         raise KeyboardInterrupt from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        (directory / "error.txt").write_text(traceback.format_exc())
+        (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
         write_state(directory, "failed", overrides, f"{type(error).__name__}: {reason}"[:500])
         print(f"job {directory.name} failed: {reason[:300]} (see {directory / 'error.txt'})", flush=True)
         return None

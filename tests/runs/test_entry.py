@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,19 @@ with loading():
 def test_at_its_end_a_process_frees_what_was_imported_where_a_binding_would_list_it(module, freed):
     ended = subprocess.run([sys.executable, "-c", NAMED.format(module)], cwd=ROOT, capture_output=True, text=True)
     assert (ended.stdout.strip(), ended.stderr, ended.returncode) == (freed, "", 0)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_what_a_terminal_lacks_ends_no_command(variables):
+    child = 'subprocess.run([sys.executable, "-c", "print(chr(0x2211))"])'
+    program = f"import subprocess, sys; from runs.entry import start; start(lambda: [{child}, print(chr(0x2212))])"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment | variables, capture_output=True, text=True
+    )
+    assert (ended.stdout.split(), ended.stderr) == ([r"\u2211", r"\u2212"], "")
 
 
 def test_argparse_takes_help_that_is_no_text_yet_and_checks_the_rest(monkeypatch):
