@@ -21,6 +21,7 @@ from torch import Tensor
 
 from callbacks.ema import EMA
 from callbacks.last_validation import ends_here
+from lightning_modules.base import is_logged
 from lightning_modules.sharding import load_whole, sharded_parts
 
 OWN = ("state_dict", "current_model_state", "optimizer_states")  # large, and of tensors and numbers
@@ -145,7 +146,7 @@ class RunCheckpoint(ModelCheckpoint):
         Nothing is saved here, but where training ends amid an epoch and no validation follows: Lightning's hook is not called.
         """
         step = trainer.global_step
-        if step != self._looked_at and step % trainer.log_every_n_steps == 0:
+        if step != self._looked_at and is_logged(trainer, step):
             self._looked_at = step
             self._check(trainer, "train/loss")
         if not self._validates and not trainer.fit_loop.epoch_loop._num_ready_batches_reached() and ends_here(trainer):

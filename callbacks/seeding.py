@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class SeededBatches(Callback):
     """Seeds the generators before every batch, and says which rows of the global batch this rank holds.
 
     A training batch is known by how many came before, so a resumed run draws what an uninterrupted one would; evaluation
-    batches by their place, so every validation of a run uses the same noise.
+    batches by their place, so every validation of a run uses the same noise. With a loader that cuts no global batch, each rank
+    draws its own.
 
     Args:
         seed: the run's seed.
@@ -38,25 +40,29 @@ class SeededBatches(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds a training batch."""
         # not fit_loop.total_batch_idx, which counts a batch twice that was interrupted and is done again
-        counter = trainer.current_epoch * trainer.num_training_batches + batch_idx
-        self._begin(pl_module, "train", counter, trainer.train_dataloader, batch_idx)
+        epoch, length = trainer.current_epoch, trainer.num_training_batches
+        key = (epoch, batch_idx) if math.isinf(length) else (epoch * length + batch_idx,)
+        self._begin(trainer, "train", key, trainer.train_dataloader, batch_idx)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Seeds a validation batch."""
-        self._begin(pl_module, "val", batch_idx, trainer.val_dataloaders, batch_idx)
+        self._begin(trainer, "val", (batch_idx,), trainer.val_dataloaders, batch_idx)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Seeds a test batch."""
-        self._begin(pl_module, "test", batch_idx, trainer.test_dataloaders, batch_idx)
+        self._begin(trainer, "test", (batch_idx,), trainer.test_dataloaders, batch_idx)
 
-    def _begin(self, pl_module: LightningModule, stage: str, counter: int, loader: Any, batch_idx: int) -> None:
-        seed_generators(mix(self.seed, stage, counter), pl_module.device)
+    def _begin(self, trainer: Trainer, stage: str, key: tuple[int, ...], loader: Any, batch_idx: int) -> None:
         sampler = getattr(loader, "sampler", None)
-        set_rows(sampler.rows(batch_idx) if hasattr(sampler, "rows") else None)
+        rows = sampler.rows(batch_idx) if hasattr(sampler, "rows") else None
+        if rows is None and trainer.global_rank:  # a loader of one's own: nothing is drawn for all ranks and cut
+            key = (*key, trainer.global_rank)
+        seed_generators(mix(self.seed, stage, *key), trainer.strategy.root_device)
+        set_rows(rows)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor | None, batch: Any, batch_idx: int

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.checkpoints import run_checkpoint
 from lightning_modules import LikelihoodModule
+from lightning_modules.base import is_logged
 from lightning_modules.sharding import sharded_parts
 
 PATIENCE = 10.0  # seconds: SLURM may send a signal to a task twice, by srun and by itself
@@ -90,7 +91,7 @@ class StopTogether(StopsBehindBatches):
     ) -> None:
         """Ends training behind this batch, if a rank was asked to."""
         step = trainer.global_step
-        if step == self._looked_at or step % trainer.log_every_n_steps:
+        if step == self._looked_at or not is_logged(trainer, step):
             return
         self._looked_at = step
         asked = torch.tensor(float(self._asked), device=pl_module.device)

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_modules.base import total_norm
+from lightning_modules.base import is_logged, total_norm
 
 
 class Vitals(Callback):
@@ -76,7 +76,7 @@ class Vitals(Callback):
 
     @staticmethod
     def _due(trainer: Trainer) -> bool:
-        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        return is_logged(trainer, trainer.global_step + 1)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Logs the learning rate and the gradient's norm."""
@@ -93,7 +93,7 @@ class Vitals(Callback):
         self.images_seen += images
         self._images += images
         step = trainer.global_step
-        if step == self._step or step % trainer.log_every_n_steps:  # gradients are being accumulated, or it is not yet time
+        if step == self._step or not is_logged(trainer, step):  # gradients are being accumulated, or it is not yet time
             return
         self._step = step
         elapsed = max(time.monotonic() - self._since, 1e-9)

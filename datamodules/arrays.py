@@ -73,7 +73,7 @@ class ImageArray(NamedTuple):
         size, most = math.prod(self.shape[1:]), max(1, num_bytes // math.prod(self.shape[1:]))
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-                _read_header(file)
+                read_header(file)
                 for start in range(0, self.shape[0], most):
                     num = min(most, self.shape[0] - start)
                     piece = np.frombuffer(file.read(num * size), dtype=np.uint8).reshape(num, *self.shape[1:])
@@ -147,10 +147,15 @@ def _natural(path: Path) -> list[str | int]:
 
 def _header(file: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, Any]:
     with file.open(name) as member:
-        return _read_header(member)
+        return read_header(member)
 
 
-def _read_header(file: Any) -> tuple[tuple[int, ...], bool, Any]:
+def read_header(file: Any) -> tuple[tuple[int, ...], bool, Any]:
+    """Returns (shape, whether in Fortran's order, dtype) of the .npy file that begins here.
+
+    Raises:
+        ValueError: if none does, or one of an unknown version.
+    """
     version = np.lib.format.read_magic(file)
     if version not in HEADERS:
         raise ValueError(f"version {version} of numpy's format is unknown")

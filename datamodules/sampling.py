@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler
 
 from losses.draws import Rows, seeded
 
@@ -47,11 +47,12 @@ class BatchRecord(NamedTuple):
         return draws[self.rows.start : self.rows.stop]
 
 
-class GlobalBatchSampler(Sampler[BatchRecord]):
+class GlobalBatchSampler(DistributedSampler[BatchRecord]):
     """Yields one :class:`BatchRecord` a batch, for ``DataLoader(..., sampler=this, batch_size=None)``.
 
     A last, smaller batch is dealt out as evenly as it goes: no image is seen twice and none is left out, and a rank for
-    which no row remains does not yield it.
+    which no row remains does not yield it. It is a ``DistributedSampler`` in that Lightning leaves it alone: the batches of any
+    other kind would be dealt out again, each rank left with a part only of the rows that are its own.
 
     Args:
         num_examples: number of images in the split.

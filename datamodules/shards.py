@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.arrays import read_header
+
 MANIFEST, FORMAT = "manifest.json", 1  # the format is raised when what a set holds changes its meaning
 OPEN_FILES = 256  # at once, in each process; systems commonly allow 1024
 MEND = "copy it again, or make the set again with prepare.py"
@@ -82,11 +84,24 @@ class Manifest(NamedTuple):
             splits = {split: [Shard(**shard) for shard in shards] for split, shards in record["splits"].items()}
             manifest = cls(record["name"], tuple(record["image_shape"]), record["levels"], splits)
             known = record["format"]
+            if known == FORMAT and not manifest._whole():
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise DamagedShardsError(f"{path} is damaged: make the set again with prepare.py, or copy it again") from None
         if known != FORMAT:
             raise DamagedShardsError(f"{path} has format {known}, but this version reads format {FORMAT}: make the set again")
         return manifest
+
+    def _whole(self) -> bool:
+        """Whether everything is there, and of its kind."""
+        counts = [*self.image_shape, self.levels, *(n for of in self.splits.values() for shard in of for n in shard[1:3])]
+        return (
+            all(type(count) is int and count > 0 for count in counts)
+            and len(self.image_shape) == 3
+            and 2 <= self.levels <= 256
+            and "train" in self.splits
+            and all(self.splits.values())
+        )
 
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json``, at once."""
@@ -127,7 +142,7 @@ class ShardedImages:
         for shard in shards:
             path = folder / shard.file
             size = path.stat().st_size if path.is_file() else None
-            if size != shard.bytes or size < shard.num * self.image_bytes:
+            if size != shard.bytes:
                 fault = "is missing" if size is None else f"is damaged: it has {size} bytes and not {shard.bytes}"
                 raise DamagedShardsError(f"{path} {fault}; {MEND}")
 
@@ -141,7 +156,7 @@ class ShardedImages:
         """Reads the images of ``index`` (b,): uint8 (b, C, H, W).
 
         Raises:
-            DamagedShardsError: if a file cannot be read, or is too short by now.
+            DamagedShardsError: if a file cannot be read, is too short by now, or begins otherwise than the manifest says.
         """
         num = len(self)
         batch = np.empty((len(index), self.image_bytes), dtype=np.uint8)
@@ -197,8 +212,22 @@ class ShardedImages:
         if place not in self.files:
             if len(self.files) >= OPEN_FILES:
                 self.files.pop(next(iter(self.files))).close()  # the one opened first
-            self.files[place] = (self.folder / self.shards[place].file).open("rb", buffering=0)
+            self.files[place] = self._opened(self.shards[place])
         return self.files[place]
+
+    def _opened(self, shard: Shard) -> Any:
+        path = self.folder / shard.file
+        file = path.open("rb", buffering=0)
+        try:
+            header = read_header(file)
+        except ValueError:
+            header = None
+        if header != ((shard.num, *self.image_shape), False, np.uint8):
+            file.close()
+            raise DamagedShardsError(
+                f"{path} or {MANIFEST} is damaged: it holds other than {shard.num} images of {list(self.image_shape)}; {MEND}"
+            )
+        return file
 
 
 class _Checksummed:

@@ -6,11 +6,19 @@ p_t ∝ √E[KL_t²], which minimises the variance of KL_t/p_t, needs few. Any p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 UNIFORM_SHARE = 0.1  # of the proposal, so that no p_t vanishes however wrong the profile is
 MEMORY = 0.5  # what each refresh keeps of the sums: steps that training now changes are forgotten in a few refreshes
+
+
+def _outside_inference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Has a function make tensors that may be added to later: those of inference mode may not, outside of it."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 class StepProfile(nn.Module):
@@ -30,7 +38,7 @@ class StepProfile(nn.Module):
         self._sums: Tensor | None = None
         self._fading = False  # whether the sums have been used, and fade before the next is added
 
-    @torch.no_grad()
+    @_outside_inference
     def record(self, t: Tensor, step_kl: Tensor) -> None:
         """Adds draws of KL_t: t (B,), step_kl (B,) nats; entries at t < 2 are ignored later."""
         if self._sums is None:
@@ -43,7 +51,7 @@ class StepProfile(nn.Module):
         self._sums[0].index_add_(0, t, step_kl.float().square())
         self._sums[1].index_add_(0, t, torch.ones_like(step_kl, dtype=torch.float32))
 
-    @torch.no_grad()
+    @_outside_inference
     def share(self, strategy) -> Tensor | None:
         """Gives rank 0 the sums of all ranks, for its checkpoint to hold them, and returns them (``strategy.reduce`` adds up).
 
@@ -55,7 +63,7 @@ class StepProfile(nn.Module):
         self._sums = total.clone() if strategy.is_global_zero else torch.zeros_like(total)
         return total
 
-    @torch.no_grad()
+    @_outside_inference
     def refresh(self, strategy) -> None:
         """Makes the proposal from what all ranks recorded; does nothing before that, and the same twice in a row."""
         total = self.share(strategy)

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ def signed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps a function's signature with it, which Lightning works out anew in every training step."""
     function.__signature__ = inspect.signature(function)
     return function
+
+
+def is_logged(trainer: Trainer, step: int) -> bool:
+    """Whether the loss of optimiser step ``step`` (1 is the first) is logged; none is where ``log_every_n_steps`` is 0."""
+    return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
@@ -104,7 +110,16 @@ class LikelihoodModule(LightningModule, ABC):
 
     @property
     def likelihood_dtype(self) -> torch.dtype:
-        """What images and latents are held in: float32, or float64 in a float64 model."""
+        """What images and latents are held in: float32, or float64 in a float64 model.
+
+        Raises:
+            ValueError: if the weights are of half precision.
+        """
+        if self.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the model's weights are {self.dtype}, too coarse to be trained or to give a bound: keep them in float32, and "
+                'train with precision="bf16-mixed"'
+            )
         return torch.promote_types(torch.float32, self.dtype)
 
     @abstractmethod
@@ -195,7 +210,7 @@ class LikelihoodModule(LightningModule, ABC):
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
         """Minimises :meth:`objective`; every ``log_every_n_steps`` its loss and the bound's terms go to the loggers."""
         loss, elbo = self.objective(x)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if is_logged(self.trainer, self.trainer.global_step + 1):
             self._note_terms(loss.detach(), elbo)
         return loss
 
@@ -220,7 +235,7 @@ class LikelihoodModule(LightningModule, ABC):
         """
         trainer = self.trainer
         stepped = trainer.global_step > trainer.fit_loop.epoch_loop._batches_that_stepped  # which Lightning raises after this
-        if not stepped or not self._noted or trainer.global_step % trainer.log_every_n_steps:
+        if not stepped or not self._noted or not is_logged(trainer, trainer.global_step):
             return
         loss, *nats = torch.stack(self._noted).mean(0).tolist()
         headline = self._headline(nats[0])
@@ -315,5 +330,6 @@ class LikelihoodModule(LightningModule, ABC):
         given = getattr(self.optimizer_factory, "keywords", {}).items()
         self._given = [{name: value for name, value in given if group.get(name) == value} for group in optimizer.param_groups]
         total = self.trainer.estimated_stepping_batches
+        total = math.inf if total < 0 else total  # of batches that nobody has counted Lightning says -1
         scheduler = LambdaLR(optimizer, lambda step: self.lr_factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

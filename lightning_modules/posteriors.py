@@ -19,6 +19,17 @@ from losses.gaussian import kl_per_dim
 Factory = Callable[..., nn.Module]
 
 
+def gaussian(q: object) -> DiagGaussian:
+    """Returns what an encoder gives, if it is a q(z|x).
+
+    Raises:
+        ValueError: if it is anything else, a pair of tensors, say.
+    """
+    if not isinstance(q, DiagGaussian):
+        raise ValueError(f"the encoder gives {type(q).__name__}, not the losses.DiagGaussian q(z|x)")
+    return q
+
+
 @dataclass(frozen=True, eq=False)
 class Level:
     """One latent of a drawn chain: z ~ q given what q is given, and p given what p is given. (B, latent_dim) each.
@@ -79,7 +90,7 @@ class MarkovPosterior(nn.Module):
 
     def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> list[Level]:
         """Draws a chain: x (B, C, H, W) in [-1, 1], ``generative[t-2]``: z_t -> p(z_{t-1}|z_t)."""
-        posteriors = [self.encoder(x)]
+        posteriors = [gaussian(self.encoder(x))]
         latents = [posteriors[0].sample()]
         for transition in self.transitions:
             posteriors.append(transition(latents[-1]))
@@ -112,7 +123,7 @@ class TopDownPosterior(nn.Module):
 
     def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> list[Level]:
         """Draws a chain from the top: x (B, C, H, W) in [-1, 1], ``generative[t-2]``: z_t -> p(z_{t-1}|z_t)."""
-        evidence = self.encoder(x)
+        evidence = gaussian(self.encoder(x))
         log_stds = evidence.log_std.expand_as(evidence.mean).chunk(self.depth, 1)
         *lower, q = [
             DiagGaussian(mean, log_std) for mean, log_std in zip(evidence.mean.chunk(self.depth, 1), log_stds, strict=True)

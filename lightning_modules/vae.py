@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.base import LikelihoodModule, build
-from lightning_modules.posteriors import Level, log_weight
+from lightning_modules.posteriors import Level, gaussian, log_weight
 from losses import DiagGaussian, Elbo, Likelihood
 
 
@@ -41,7 +41,8 @@ class VAELightningModule(LikelihoodModule):
     """One latent.
 
     Args:
-        encoder: x in [-1, 1] (B, C, H, W) -> q(z|x), a DiagGaussian (B, *); or a factory of ``image_shape, latent_dim``.
+        encoder: x in [-1, 1] (B, C, H, W) -> q(z|x), a DiagGaussian (B, latent_dim); or a factory of ``image_shape`` and
+            ``latent_dim``.
         decoder: z -> the likelihood's parameters (B, P·C, H, W); or a factory of these sizes.
         likelihood: p(x|z).
         latent_dim: dimensions of z.
@@ -68,9 +69,7 @@ class VAELightningModule(LikelihoodModule):
 
     def levels_of(self, x: Tensor) -> list[Level]:
         """Draws z ~ q(z|x): the one level of the hierarchy."""
-        q = self.encoder(self.to_unit(x))
-        if not isinstance(q, DiagGaussian):
-            raise ValueError(f"the encoder gives {type(q).__name__}, not the losses.DiagGaussian q(z|x)")
+        q = gaussian(self.encoder(self.to_unit(x)))
         return [Level(q, DiagGaussian.standard(q.mean), q.sample())]
 
     def elbo(self, x: Tensor) -> Elbo:

@@ -122,10 +122,6 @@ def _check_lengths(cfg: DictConfig) -> None:
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
             "the data: add +trainer.limit_train_batches=N and +trainer.limit_val_batches=N"
         )
-    if cfg.trainer.get("use_distributed_sampler", True):  # as Lightning has it where nothing is said
-        raise SettingError(
-            "trainer.use_distributed_sampler must be false: else each rank keeps a part only of the rows that are its own"
-        )
     if all(cfg.trainer.get(name) in (None, -1) for name in ("max_steps", "max_time")) and cfg.trainer.get("max_epochs") is None:
         raise SettingError(
             "trainer.max_epochs=null says nothing of where training ends: give a number (-1: never) or trainer.max_steps"

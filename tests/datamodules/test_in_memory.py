@@ -92,7 +92,7 @@ class Recorder(LightningModule):
 @pytest.mark.filterwarnings("ignore:The .* does not have many workers")
 def test_lightning_sets_the_epoch_and_leaves_the_batches_alone():
     data, module = build(DigitsDataModule, **DIGITS), Recorder()
-    options = {"max_epochs": 2, "use_distributed_sampler": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}
+    options = {"max_epochs": 2, "num_sanity_val_steps": 0, "accelerator": "cpu"}
     Trainer(**options, barebones=True, limit_val_batches=1.0).fit(module, datamodule=data)
     expected, loader = [], data.train_dataloader()
     for epoch in range(2):

@@ -1,5 +1,6 @@
 """Shards give back what was written, in files of bounded size, and refuse what is not whole."""
 
+import json
 import pickle
 
 import numpy as np
@@ -99,9 +100,18 @@ def test_a_manifest_that_is_missing_damaged_or_of_another_version_is_refused(tmp
     write(tmp_path)
     path = tmp_path / MANIFEST
     text = path.read_text()
-    for bad in (text[:-30], "[]", text.replace('"num"', '"nam"')):
+    of_other_kinds = ('"num": -5', '"num": "12"', '"num": 12.0', '"num": true', '"num": 0')
+    for bad in (
+        text[:-30], "[]", text.replace('"num"', '"nam"'), *(text.replace('"num": 12', other) for other in of_other_kinds),
+        text.replace('"train"', '"val"'), json.dumps(json.loads(text) | {"splits": {"train": []}}),
+        json.dumps(json.loads(text) | {"image_shape": [48]}), json.dumps(json.loads(text) | {"levels": 1}),
+    ):  # fmt: skip
         path.write_text(bad)
         refused(lambda: read(tmp_path), str(path), "damaged")
+    for num in (5, 13):
+        path.write_text(text.replace('"num": 12', f'"num": {num}', 1))
+        images = read(tmp_path)
+        refused(lambda images=images: images.index_select(0, torch.tensor([0])), "train-00000.npy", f"other than {num} images")
     path.write_text(text.replace('"format": 1', '"format": 2'))
     refused(lambda: read(tmp_path), "format 2")
 

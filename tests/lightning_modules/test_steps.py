@@ -106,8 +106,8 @@ def test_lightnings_step_reads_nothing_either_away_from_logging(name, tmp_path):
     traced = TraceSteps()
     trainer = make_trainer(
         accelerator="cpu", devices=1, max_steps=12, log_every_n_steps=4, gradient_clip_val=1.0, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
-        limit_val_batches=0, default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+        default_root_dir=tmp_path,
         callbacks=[SeededBatches(0), Vitals(), EMA(), traced],
     )  # fmt: skip
     trainer.fit(build_part(cfg.model), build_part(cfg.data))

@@ -133,7 +133,6 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["callbacks=early_stopping", "+trainer.limit_val_batches=0"], "limit_val_batches=0 leaves none"),
         (["+trainer.logger=false"], "logger=csv or ~logger"),
         (["trainer.max_epochs=null"], "trainer.max_epochs=null says nothing of where training ends"),
-        (["trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler must be false"),
         (["callbacks=early_stopping", "callbacks.early_stopping.mode=min"], "val/elbo gets better with mode=max"),
         (["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/bpd"], "val/bpd gets better with mode=min"),
         (["+trainer.limit_test_batches=0.1"], "trainer.limit_test_batches=0.1: that is none of 2 batches"),

@@ -1,0 +1,142 @@
+"""Modules and callbacks under a ``lightning.Trainer`` as it comes, with loaders of one's own, as in a notebook."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from callbacks import EMA, SeededBatches, Vitals
+from datamodules import DigitsDataModule
+from losses.draws import mix
+from runs.build import build_part
+from tests.jobs import configure
+
+X = torch.randint(0, 17, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+KINDS = {"vae": ("model=vae",), "mhvae": ("model=mhvae",), "ddpm": ("model=ddpm", "model.num_steps=9", "model.val_calls=2")}
+
+
+class Endless(IterableDataset):
+    """Three batches, which nobody can count beforehand."""
+
+    def __iter__(self):
+        return iter(X.split(8))
+
+
+class Draws(Callback):
+    """Notes one random number of each batch."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.drawn.append(torch.rand(()).item())
+
+
+@pytest.fixture(params=KINDS)
+def model(request, tmp_path):
+    return build_part(configure(tmp_path, *KINDS[request.param]).model)
+
+
+def plain(directory, *callbacks, **settings):
+    settings = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0} | settings
+    return Trainer(
+        accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False, default_root_dir=directory,
+        callbacks=list(callbacks), **settings,
+    )  # fmt: skip
+
+
+def loader(batch_size=8):
+    return DataLoader(X, batch_size=batch_size)
+
+
+def test_training_goes_on_after_a_validation_between(model, tmp_path):
+    """Which Lightning does in inference mode: what it makes there cannot be added to."""
+    for trainer in (plain(tmp_path), plain(tmp_path, EMA(), SeededBatches(0))):
+        trainer.fit(model, loader())
+        trainer.validate(model, loader(5), verbose=False)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(model, loader(), loader(5))
+        assert trainer.test(model, loader(5), verbose=False)[0]["test/bpd"] > 0
+
+
+def test_an_objective_in_inference_mode_is_in_nobodys_way(model):
+    with torch.inference_mode():
+        model.train().objective(X)
+    model.objective(X)[0].backward()
+
+
+@pytest.mark.parametrize("settings", [{"barebones": True}, {"log_every_n_steps": 0}])
+def test_nothing_is_logged_where_nothing_is_to_be(settings, model, tmp_path):
+    trainer = Trainer(accelerator="cpu", max_epochs=1, barebones=True) if "barebones" in settings else None
+    trainer = trainer or plain(tmp_path, Vitals(), EMA(), SeededBatches(0), **settings)
+    trainer.fit(model, loader())
+    assert trainer.global_step == 3
+    assert "train/loss" not in trainer.callback_metrics
+
+
+def test_a_schedule_that_must_know_where_training_ends_refuses_loaders_without_a_length(tmp_path):
+    def scheduled(schedule):
+        return build_part(configure(tmp_path, "model=vae", f"model/lr_scheduler={schedule}").model)
+
+    endless = DataLoader(Endless(), batch_size=None)
+    with pytest.raises(ValueError, match=r"warmup_cosine needs to know how long training lasts: set trainer.max_epochs or"):
+        plain(tmp_path).fit(scheduled("warmup_cosine"), endless)
+    for schedule, settings in (("constant", {}), ("warmup_cosine", {"max_steps": 6, "max_epochs": -1})):
+        trainer = plain(tmp_path, **settings)
+        trainer.fit(scheduled(schedule), endless)
+        assert trainer.global_step == settings.get("max_steps", 3)
+
+
+def test_every_batch_has_draws_of_its_own_from_a_loader_without_a_length_too(tmp_path):
+    def drawn(data):
+        noted = Draws()
+        plain(tmp_path, SeededBatches(0), noted, max_epochs=3).fit(build_part(configure(tmp_path, "model=vae").model), data)
+        return noted.drawn
+
+    for data in (loader(), DataLoader(Endless(), batch_size=None)):
+        first = drawn(data)
+        assert len(set(first)) == len(first) == 9
+        assert drawn(data) == first
+
+
+def test_ranks_draw_for_themselves_unless_the_loader_cuts_a_global_batch():
+    def begin(rank, data):
+        trainer = SimpleNamespace(
+            global_rank=rank, strategy=SimpleNamespace(root_device=torch.device("cpu")), train_dataloader=data,
+            current_epoch=1, num_training_batches=3,
+        )  # fmt: skip
+        callback = SeededBatches(5)
+        callback.on_train_batch_start(trainer, None, None, 1)
+        callback.on_train_batch_end(trainer, None, None, None, 1)
+        return torch.initial_seed()
+
+    data = DigitsDataModule(image_shape=[1, 8, 8], levels=17, batch_size=32, seed=0)
+    data.setup()
+    assert begin(0, loader()) == begin(0, data.train_dataloader()) == begin(1, data.train_dataloader()) == mix(5, "train", 4)
+    assert len({begin(rank, loader()) for rank in range(4)}) == 4
+
+
+def test_lightning_takes_the_batches_for_dealt_out_and_does_not_deal_them_again():
+    """Over several ranks; tests of ranks train with its default, which wraps every other sampler."""
+    data = DigitsDataModule(image_shape=[1, 8, 8], levels=17, batch_size=32, seed=0)
+    data.setup()
+    for made in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        assert isinstance(made.sampler, DistributedSampler)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_are_refused_in_a_sentence(model, dtype):
+    model.to(dtype)
+    for use in (model.objective, model.elbo, lambda x: model.sample(len(x))):
+        with pytest.raises(ValueError, match=f"the model's weights are {dtype}.*bf16-mixed"):
+            use(X)
+
+
+def test_the_posterior_says_what_an_encoder_must_give(tmp_path):
+    for posterior in ("markov", "top_down"):
+        model = build_part(configure(tmp_path, "model=mhvae", f"model/posterior={posterior}").model)
+        model.posterior.encoder.forward = lambda x: (x, x)
+        with pytest.raises(ValueError, match=r"the encoder gives tuple, not the losses.DiagGaussian"):
+            model.elbo(X)
