@@ -65,17 +65,35 @@ def one_writer(directory: Path) -> Iterator[None]:
         yield
 
 
-def claim(directory: Path, continuing: bool) -> None:
-    """Refuses a directory that holds another run, unless that run is continued: nothing on disk is overwritten.
+def claim(directory: Path, again: bool) -> None:
+    """Refuses a directory that holds a run that is not gone on with, or somebody's own config: nothing on disk is overwritten.
+
+    Args:
+        directory: the run's.
+        again: whether a run that was killed before its first checkpoint may be begun anew.
 
     Raises:
-        SettingError: if a run is there.
+        SettingError: if a run is there, or another config.
     """
-    begun = any((directory / name).exists() for name in (RESULT, "metrics.csv", "checkpoints"))
-    if begun and (directory / CONFIG).exists() and not continuing:  # else what is there was refused before its first step
+    ends = [directory / RESULT, *(directory / "checkpoints").glob("*.ckpt")]
+    begun = (directory / "metrics.csv").exists() and (directory / CONFIG).exists()
+    if any(path.exists() for path in ends) or (begun and not again):
+        way = "without a checkpoint to go on from:" if again else "add ckpt=auto to go on with it, or"
         raise SettingError(
-            f"hydra.run.dir={directory} already holds a run: add ckpt=auto to go on with it, or choose another directory"
+            f"hydra.run.dir={directory} already holds a run{'' if again else ':'} {way} choose another directory"
         )
+    if (directory / CONFIG).exists() and not _is_of_a_run(directory / CONFIG):
+        raise SettingError(f"hydra.run.dir={directory} has a {CONFIG} that no run wrote: choose another directory")
+
+
+def _is_of_a_run(path: Path) -> bool:
+    import yaml
+
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(written, dict) and {"model", "data", "trainer"} <= written.keys()
 
 
 def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:

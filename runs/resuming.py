@@ -17,7 +17,7 @@ from datamodules import ImageDataModule
 from runs.build import SettingError, flatten
 from runs.commands import as_value, config_flags
 from runs.devices import is_child_rank
-from runs.directory import LAST, claim, read_checkpoint
+from runs.directory import BEST, LAST, claim, read_checkpoint
 from runs.identity import INCIDENTAL
 
 NEEDED = ("loops", "global_step", "optimizer_states", "lr_schedulers")  # beside the weights, to go on
@@ -28,9 +28,9 @@ def choose_checkpoint(
 ) -> tuple[Path | None, int, dict[str, Any] | None]:
     """Returns the checkpoint to continue from, if any, its step and its images; refuses a directory that holds another run."""
     choices = HydraConfig.get().runtime.choices
-    checkpoint, step, images, here = None, 0, None, directory / LAST
-    if cfg.ckpt == "auto":
-        checkpoint = here if here.is_file() else None
+    checkpoint, step, images = None, 0, None
+    if cfg.ckpt == "auto":  # a job that is killed amid its first validation leaves the best alone
+        checkpoint = next((directory / name for name in (LAST, BEST) if (directory / name).is_file()), None)
     elif cfg.ckpt is not None:
         suffix = f"-{choices.model}-{choices.data}"
         checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
@@ -54,7 +54,8 @@ def choose_checkpoint(
     if not is_child_rank():
         own = checkpoint is not None and directory in checkpoint.absolute().parents
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # whose directories are named by what their jobs are
-        claim(directory, continuing=own or in_sweep or cfg.ckpt == "auto")
+        if not own and not in_sweep:
+            claim(directory, again=cfg.ckpt == "auto")
     return checkpoint, step, images
 
 

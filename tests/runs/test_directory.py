@@ -1,6 +1,7 @@
 """A run directory belongs to one process at a time, however that one ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +10,15 @@ import pytest
 
 from runs import directory as directories
 from runs.build import SettingError
-from runs.directory import hold
+from runs.directory import CONFIG, LAST, LOCK, RESULT, hold
 from runs.identity import job_name
 from runs.sweep import run_in_sweep
-from tests.jobs import ROOT, configure, run_here
+from tests.jobs import ROOT, configure, result, run_here
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from runs.directory import hold
+from runs.directory import CONFIG, LAST, LOCK, RESULT, hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -93,3 +94,37 @@ def test_a_sweep_leaves_a_job_to_the_process_that_runs_it(fresh, elsewhere, tmp_
     run_in_sweep(cfg, ran.append)
     assert len(ran) == 1
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [job.name, f"{job.name}-before-1"][: 1 + fresh]
+
+
+def test_nothing_of_a_run_is_overwritten_whatever_has_been_taken_from_it(tmp_path):
+    def all_files():
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != LOCK}
+
+    settings, run = ("model=vae", "logger=csv", "trainer.max_epochs=1"), tmp_path / "run"
+    run_here(tmp_path, *settings)
+    (run / CONFIG).unlink()
+    before = all_files()
+    with pytest.raises(SettingError, match="already holds a run: add ckpt=auto"):
+        run_here(tmp_path, *settings, "seed=5")
+    assert all_files() == before
+    (run / LAST).unlink()
+    run_here(tmp_path, *settings, "trainer.max_epochs=2", "ckpt=auto")  # from the best, as none is later
+    assert result(run)["step"] == 22
+    shutil.rmtree(run / "checkpoints")
+    before = all_files()
+    with pytest.raises(SettingError, match="already holds a run without a checkpoint to go on from"):
+        run_here(tmp_path, *settings, "seed=5", "ckpt=auto")
+    assert all_files() == before
+    (run / RESULT).unlink()  # as a run that was killed before its first validation
+    run_here(tmp_path, *settings, "ckpt=auto")
+    assert result(run)["step"] == 11
+
+
+@pytest.mark.parametrize("text", ["precious: 1\n", "model: {\n", "- a\n"])
+def test_a_config_that_no_run_wrote_is_left_alone(text, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CONFIG).write_text(text)
+    for again in ((), ("ckpt=auto",)):
+        with pytest.raises(SettingError, match=r"has a config\.yaml that no run wrote"):
+            run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", *again)
+    assert (tmp_path / "run" / CONFIG).read_text() == text
