@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 from collections.abc import Iterable
@@ -57,7 +58,13 @@ class WholeFiles(TorchCheckpointIO):
             return super().save_checkpoint(checkpoint, path, storage_options)
         draft = Path(f"{path}.part")
         draft.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, draft)
+        try:
+            torch.save(checkpoint, draft)
+        except RuntimeError as error:
+            draft.unlink(missing_ok=True)
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(errno.EIO, "cannot be written whole, perhaps because the disk is full", str(path)) from error
         draft.replace(path)
 
 

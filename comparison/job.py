@@ -39,6 +39,9 @@ def run(cfg: DictConfig) -> None:
     pooled = pooled_settings(groups)
     if pooled:
         left_out.append(f"not in by=, so means are over runs that differ in it: {', '.join(pooled)}")
+    seeds = [{str(run.seed) for run in own.runs} for own in groups]
+    if any(own != seeds[0] for own in seeds):
+        left_out.append("the seeds differ: rows stand by the means over all their runs, differences are over common seeds")
     out = _new_directory(Path(str(cfg.out)))
     console = Console()
     console = console if console.is_terminal else Console(width=10**4)  # a file has no edge

@@ -48,9 +48,10 @@ def linear(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02, res
     stretch = 1000 / num_steps if rescale else 1.0
     betas = torch.linspace(beta_start * stretch, beta_end * stretch, num_steps, dtype=torch.float64)
     advice = "the ends are stretched by 1000/T, so take more steps, model.schedule.rescale=false or model/schedule=cosine"
+    inside = 0 < beta_start < 1 and 0 < beta_end < 1
     if rescale and stretch * beta_end >= 1:  # at T = 1 linspace holds the start only, which hides the end
         betas[-1] = stretch * beta_end
-    return check_betas(betas, "linear", advice if rescale else "choose beta_start and beta_end inside (0, 1)")
+    return check_betas(betas, "linear", advice if rescale and inside else "choose beta_start and beta_end inside (0, 1)")
 
 
 def scaled_linear(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:

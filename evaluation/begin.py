@@ -76,6 +76,8 @@ def build_fabric(cfg: DictConfig, adds_up: bool) -> Fabric:
         cfg: conf/fabric.
         adds_up: whether figures are added up, which takes float64.
     """
+    if isinstance(cfg.num_nodes, bool) or not isinstance(cfg.num_nodes, int) or cfg.num_nodes < 1:
+        raise SettingError(f"fabric.num_nodes={cfg.num_nodes}: give an integer of at least 1")
     if cfg.num_nodes > 1 and not any(name in os.environ for name in MANY_RANKS):
         raise SettingError(
             f"fabric.num_nodes={cfg.num_nodes}, but nothing says where the others are: start by torchrun or in SLURM"

@@ -60,7 +60,8 @@ class ProbabilityFlow:
     def __init__(self, model: DDPMLightningModule, tolerance: float = 1e-5, exact_up_to: int = 256) -> None:
         self.model, self.tolerance = model, tolerance
         self.exact = model.num_dims <= exact_up_to
-        self.log_snr = model.process.snr[1:].log().double().cpu().numpy()
+        log_alpha_bar = torch.log1p(-model.process.betas[1:].double().cpu()).cumsum(0)
+        self.log_snr = (log_alpha_bar - torch.expm1(log_alpha_bar).neg().log()).numpy()  # where SNR itself is 0, too
         steps = np.arange(1.0, model.num_steps + 1)
         # as a function of falling λ; one step alone has no flow
         self.time = PchipInterpolator(self.log_snr[::-1], steps[::-1]) if len(steps) > 1 else None

@@ -119,7 +119,10 @@ class SavedRun:
         config = dict(self.content["config"]["data"])
         if root is not None and "root" in config:
             config["root"] = root
-        datamodule = load_data(OmegaConf.create(config))
+        try:
+            datamodule = load_data(OmegaConf.create(config))
+        except SettingError as error:
+            raise SettingError(str(error).replace("data.root", "data_root")) from None  # as it is called here
         same_images(self.content.get("images"), datamodule, f"run={self.path}")
         return datamodule
 

@@ -78,10 +78,8 @@ def claim(directory: Path, again: bool) -> None:
     ends = [directory / RESULT, *(directory / "checkpoints").glob("*.ckpt")]
     begun = (directory / "metrics.csv").exists() and (directory / CONFIG).exists()
     if any(path.exists() for path in ends) or (begun and not again):
-        way = "without a checkpoint to go on from:" if again else "add ckpt=auto to go on with it, or"
-        raise SettingError(
-            f"hydra.run.dir={directory} already holds a run{'' if again else ':'} {way} choose another directory"
-        )
+        way = " without a checkpoint to go on from:" if again else ": add ckpt=auto to go on with it, or"
+        raise SettingError(f"hydra.run.dir={directory} already holds a run{way} choose another directory")
     if (directory / CONFIG).exists() and not _is_of_a_run(directory / CONFIG):
         raise SettingError(f"hydra.run.dir={directory} has a {CONFIG} that no run wrote: choose another directory")
 
@@ -159,11 +157,22 @@ def withdraw_result(directory: Path) -> None:
         (directory / RESULT).rename(kept(first_free(lambda number: kept(number).exists())))
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record at once, so that a file that is there is whole; JSON has no NaN and no infinity: they become null."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a draft to write to, which takes the file's place at the end of the block: a file that is there is whole."""
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+    try:
+        yield draft
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     draft.replace(path)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record at once; JSON has no NaN and no infinity: they become null."""
+    with whole(path) as draft:
+        draft.write_text(json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -107,10 +107,11 @@ def start(main: Callable[[], object]) -> None:
         nothing = [item for item in sys.argv[1:] if item.partition("=")[2] in ("null", "~")] or sys.argv[1:]
         sys.exit(f"error: {' '.join(nothing)}: what is chosen of a group is a name; ~GROUP leaves a group out")
     except OSError as error:
-        if asked or error.filename is None:
+        if asked or error.strerror is None:
             raise
         advice = "; choose another place by hydra.run.dir or paths.output_dir" if Path(sys.argv[0]).stem == "train" else ""
-        sys.exit(f"error: {error.filename}: {error.strerror}{advice}")
+        place = error.filename or "a file cannot be written"
+        sys.exit(f"error: {place}: {error.strerror}{advice}")
     finally:
         if not asked:
             os.environ.pop(FULL, None)

@@ -43,7 +43,7 @@ from runs.devices import compile_networks, is_child_rank
 from runs.directory import CONFIG, FORMAT, LAST, RESULT, hold, withdraw_result, write_json
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
 from runs.resuming import choose_checkpoint, resume_command, same_images
-from runs.settings import check_limits, check_model, check_ranks, check_settings
+from runs.settings import check_limits, check_model, check_ranks, check_settings, chosen_callbacks
 
 LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
 
@@ -173,10 +173,15 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> T
 
 def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) -> list[Callback]:
     """Builds conf/callbacks, the validation at the end, and the checkpoint callback unless checkpoints are off."""
-    parts = {name: part for name, part in (cfg.get("callbacks") or {}).items() if part is not None}
+    parts = chosen_callbacks(cfg)
     if cfg.trainer.get("enable_progress_bar") is False:
         parts.pop("progress", None)
-    callbacks = [*(build_part(part) for part in parts.values()), LastValidation()]
+    callbacks = []
+    for name, part in parts.items():
+        callbacks.append(build_part(part))
+        if not isinstance(callbacks[-1], Callback):
+            raise SettingError(f"callbacks.{name}._target_={part._target_}: derive it from lightning's Callback")
+    callbacks.append(LastValidation())
     if not cfg.trainer.get("fast_dev_run") and not is_child_rank():
         callbacks.append(LambdaCallback(on_train_start=lambda *_: withdraw_result(directory)))
     if cfg.trainer.get("enable_checkpointing", True) and not cfg.trainer.get("fast_dev_run"):
@@ -237,6 +242,8 @@ def one_sentence(trainer: Trainer) -> Iterator[None]:
     except OSError as error:
         raise RankError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
     except RuntimeError as error:
+        if "loading state_dict" in str(error):
+            raise SettingError(f"ckpt= has other weights than this model: {' '.join(str(error).split())[:300]}") from error
         if trainer.world_size == 1 or not any(sign in str(error) for sign in LOST):
             raise
         raise RankError(f"rank {trainer.global_rank} has lost another one, which ended before it") from error

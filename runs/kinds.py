@@ -19,6 +19,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runs.commands import CONF
+
 NONE = type(None)
 NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a word", NONE: "null"}
 NODE = "what is built by a _target_"
@@ -49,6 +51,10 @@ def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
                     yield from wrong_kinds(part, nulls)
         elif not suits and (nulls or (value is not None and hints[name] is not NONE)):
             key = node._get_full_key(name)
+            choice = f"{key.replace('.', '/')}={value}"
+            if (CONF / f"{choice.replace('=', '/')}.yaml").is_file():
+                yield f"{key}={value} is a choice, not a setting: give {choice}"
+                continue
             quoted = f", as {key}='\"{value}\"'" if isinstance(value, (int, float)) and fits(str(value), hints[name]) else ""
             yield f"{key}={value}: give {kind(hints[name])}{quoted}"
 

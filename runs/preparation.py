@@ -189,6 +189,8 @@ def summary(manifest: Manifest, out: Path) -> str:
             lines.append(f"no {split} images: data=stream holds data.num_{split}={held_out} of the training images out")
             stated += [] if held_out == usual[f"num_{split}"] else [f"data.num_{split}={held_out}"]
             left -= held_out
+    if left < 1:
+        return "\n".join([*lines, f"of {num} training images none would be left to train on: prepare more"])
     stated += [] if left >= usual.batch_size else [f"data.batch_size={left}"]
     _, height, width = manifest.image_shape
     fits = height == width >= 32 and height & (height - 1) == 0  # the U-Net of data=stream is CIFAR-10's

@@ -126,6 +126,11 @@ def _check_lengths(cfg: DictConfig) -> None:
         raise SettingError(
             "trainer.max_epochs=null says nothing of where training ends: give a number (-1: never) or trainer.max_steps"
         )
+    interval = cfg.trainer.get("val_check_interval")
+    if isinstance(interval, (int, float)) and not (0 < interval <= 1 if isinstance(interval, float) else interval >= 1):
+        raise SettingError(
+            f"trainer.val_check_interval={interval}: give a number of batches of at least 1, or a fraction up to 1.0"
+        )
     for unit in ("epochs", "steps"):
         least, most = cfg.trainer.get(f"min_{unit}"), cfg.trainer.get(f"max_{unit}")
         if None not in (least, most) and 0 <= most < least:
@@ -139,8 +144,21 @@ def _check_lengths(cfg: DictConfig) -> None:
             raise SettingError(f"trainer.{name}={value}: give a number of batches of at least 1, or a fraction up to 1.0")
 
 
+def chosen_callbacks(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Returns what conf/callbacks and the command line leave of the callbacks, by name.
+
+    Raises:
+        SettingError: if one is given a value where it has settings.
+    """
+    chosen = {name: part for name, part in (cfg.get("callbacks") or {}).items() if part is not None}
+    for name, part in chosen.items():
+        if not isinstance(part, DictConfig):
+            raise SettingError(f"callbacks.{name}={part}: ~callbacks.{name} leaves it out")
+    return chosen
+
+
 def _check_monitor(cfg: DictConfig) -> None:
-    stop = (cfg.get("callbacks") or {}).get("early_stopping")
+    stop = chosen_callbacks(cfg).get("early_stopping")
     if stop is None:
         return
     if cfg.trainer.get("limit_val_batches") == 0 and not stop.get("check_on_train_epoch_end"):

@@ -21,7 +21,7 @@ from evaluation.saved import SavedRun
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from losses.draws import mix
 from runs.build import SettingError, build_part, plain
-from runs.directory import first_free, one_writer, write_json
+from runs.directory import first_free, one_writer, whole, write_json
 from runs.job import quiet_libraries
 from runs.report import versions
 
@@ -134,7 +134,7 @@ def draw(
     dtype = model.likelihood_dtype if model.levels is None else torch.uint8
     try:
         images = torch.zeros(num, *model.image_shape, dtype=dtype)
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # of a number that torch cannot hold
         raise SettingError(f"num={num}: memory does not hold so many images of {list(model.image_shape)}; draw fewer") from None
     finished = torch.zeros(num, dtype=torch.bool)
     try:
@@ -166,10 +166,8 @@ def keep(saved: SavedRun, images: Tensor, model: LikelihoodModule, record: dict[
     with one_writer(folder):
         number = first_free(lambda number: any(folder.glob(f"drawn-{number}.*")))
         path = folder / f"drawn-{number}.npz"
-        draft = path.with_suffix(".npz.tmp")
-        with draft.open("wb") as file:
+        with whole(path) as draft, draft.open("wb") as file:
             np.savez(file, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
-    draft.replace(path)
     kind = "means of p(x | z₁)" if record["mean"] else "draws of p(x | z₁)"
     some = f"{SHOWN} of {len(images)}" if len(images) > SHOWN else f"{len(images)}"
     took = f", {record['network_calls_per_image']} network calls each" if "network_calls_per_image" in record else ""

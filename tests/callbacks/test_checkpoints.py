@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from callbacks.checkpoints import WholeFiles, all_finite
 from lightning_modules import VAELightningModule
 from runs.build import SettingError
+from runs.directory import whole
 from tests.jobs import result, run_here
 
 JOB = (
@@ -86,11 +87,11 @@ def test_weights_that_are_not_finite_are_not_gone_on_from(tmp_path):
 
 
 def test_a_write_that_is_cut_short_leaves_the_file_before(tmp_path, monkeypatch):
-    place, whole = tmp_path / "kept" / "last.ckpt", torch.save
+    place, usual = tmp_path / "kept" / "last.ckpt", torch.save
     WholeFiles().save_checkpoint({"step": 1}, place)
 
     def cut_short(content, file):
-        whole(content, file)
+        usual(content, file)
         Path(file).write_bytes(Path(file).read_bytes()[:100])
         raise KeyboardInterrupt  # SIGKILL does not even say so
 
@@ -104,6 +105,26 @@ def test_a_write_that_is_cut_short_leaves_the_file_before(tmp_path, monkeypatch)
     assert list(place.parent.iterdir()) == [place]
     WholeFiles().save_checkpoint({"step": 4}, f"file://{place}")
     assert torch.load(place, weights_only=True) == {"step": 4}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="limits the size of files as POSIX does")
+def test_a_disk_that_is_full_is_said_in_one_sentence_and_leaves_the_file_before(tmp_path):
+    import resource
+
+    place = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, place)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="perhaps because the disk is full") as error:
+            WholeFiles().save_checkpoint({"weights": torch.zeros(100_000)}, place)
+        with pytest.raises(OSError, match="large"), whole(tmp_path / "record.json") as draft:
+            draft.write_text("x" * 200_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(place)
+    assert torch.load(place, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [place]
 
 
 class Counts(Callback):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -262,6 +263,18 @@ def test_nothing_on_disk_is_overwritten(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         compare(".", tmp_path / "sweep")
     assert (tmp_path / "comparison-2" / "comparison.html").exists()
+
+
+def test_that_groups_have_other_seeds_is_said(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / f"a{seed}", 2.0 + seed, seed, choices={"model/encoder": "a"})
+        write_run(tmp_path / "runs" / f"b{seed}", 2.1 + seed, seed, choices={"model/encoder": "b"})
+    compare(tmp_path / "same", tmp_path / "runs")
+    assert "the seeds differ" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "runs" / "b1")  # b now looks better than a, by its seed alone
+    out = compare(tmp_path / "other", tmp_path / "runs")
+    assert "the seeds differ: rows stand by the means over all their runs" in capsys.readouterr().out
+    assert all("the seeds differ" in (out / f"comparison.{ending}").read_text() for ending in ("html", "md"))
 
 
 def test_comparisons_that_start_at_once_are_all_kept(tmp_path):

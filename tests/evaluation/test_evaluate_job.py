@@ -239,6 +239,9 @@ def test_an_error_of_one_image_is_not_known(tmp_path, capsys):
     assert f"{kept['metrics']['test/bpd']:.4f} ± ?" in capsys.readouterr().out
     with pytest.raises(SettingError, match="split=test holds 1 image:"):
         evaluate_here(tmp_path / "run", *QUICK)
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    with pytest.raises(SettingError, match=r"\bdata_root\b"):
+        evaluate_here(tmp_path / "run", *QUICK)
 
 
 def test_one_replicate_two_images_other_splits_and_checkpoints_elsewhere(runs, tmp_path):

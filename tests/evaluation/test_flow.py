@@ -23,7 +23,8 @@ class Real(nn.Module):
 
     def __init__(self, betas, s2, slope=None):
         super().__init__()
-        log_snr = diffusion.GaussianDiffusion(betas).snr[1:].log().numpy()
+        signal = (1 - betas).log().cumsum(0)
+        log_snr = (signal - (1 - signal.exp()).log()).numpy()
         self.s2, self.slope = s2, slope
         if len(betas) > 1:
             time = PchipInterpolator(log_snr[::-1], np.arange(len(betas), 0.0, -1.0))
@@ -41,6 +42,11 @@ def real_model(betas, s2, shape=(1, 1, 2), levels=None, slope=None, parameteriza
     return DDPMLightningModule(
         network, lambda _: betas, len(betas), parameterization, image_shape=shape, levels=levels
     ).double()
+
+
+def clean(s2):
+    """What predicts x_0 best."""
+    return lambda bar, x: bar.sqrt() * s2 / (bar * s2 + 1 - bar) * x
 
 
 def exact(betas, s2, y):
@@ -66,15 +72,18 @@ def test_gaussian_data_have_the_closed_form(name, num_steps):
         assert flow.describe()["divergence"] == "exact"
 
 
+def test_a_chain_that_ends_in_less_than_the_smallest_number_has_a_flow_too():
+    betas = torch.full((500,), 0.9, dtype=torch.float64)  # ᾱ_T = 1e-500
+    model = real_model(betas, 4.0, slope=clean(4.0), parameterization=X0())
+    flow = ProbabilityFlow(model, tolerance=1e-6)
+    torch.testing.assert_close(flow.log_likelihood(Y), exact(betas, 4.0, Y), rtol=0, atol=1e-3)
+
+
 def test_predictors_of_clean_images_have_the_same_flow_and_the_default_tolerance_suffices():
     betas, s2 = diffusion.linear(100), 0.25
-
-    def clean(bar, x):
-        return bar.sqrt() * s2 / (bar * s2 + 1 - bar) * x
-
     for flow in (
         ProbabilityFlow(real_model(betas, s2)),
-        ProbabilityFlow(real_model(betas, s2, slope=clean, parameterization=X0())),
+        ProbabilityFlow(real_model(betas, s2, slope=clean(s2), parameterization=X0())),
     ):
         torch.testing.assert_close(flow.log_likelihood(Y), exact(betas, s2, Y), rtol=0, atol=3e-3)
 

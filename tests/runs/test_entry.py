@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from runs.entry import loading, take_lazy_help
+from runs.entry import loading, start, take_lazy_help
 from tests.jobs import ROOT
 
 
@@ -66,6 +66,21 @@ def test_what_a_terminal_lacks_ends_no_command(variables):
         [sys.executable, "-c", program], cwd=ROOT, env=environment | variables, capture_output=True, text=True
     )
     assert (ended.stdout.split(), ended.stderr) == ([r"\u2211", r"\u2212"], "")
+
+
+def test_what_the_system_refuses_is_said_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    for error, sentence in (
+        (OSError(28, "No space left on device"), "error: a file cannot be written: No space left on device"),
+        (OSError(13, "Permission denied", "/there"), "error: /there: Permission denied"),
+    ):
+
+        def refused(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as end:
+            start(refused)
+        assert end.value.code == sentence
 
 
 def test_argparse_takes_help_that_is_no_text_yet_and_checks_the_rest(monkeypatch):

@@ -132,6 +132,14 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["+trainer.min_epochs=5", "trainer.max_epochs=2"], "trainer.min_epochs=5 is above trainer.max_epochs=2"),
         (["callbacks=early_stopping", "+trainer.limit_val_batches=0"], "limit_val_batches=0 leaves none"),
         (["+trainer.logger=false"], "logger=csv or ~logger"),
+        (["callbacks.ema=false"], "callbacks.ema=False: ~callbacks.ema leaves it out"),
+        (["callbacks=early_stopping", "callbacks.early_stopping=false"], "~callbacks.early_stopping leaves it out"),
+        (["+callbacks.own._target_=collections.OrderedDict"], "callbacks.own._target_=collections.OrderedDict: derive it"),
+        (["+trainer.val_check_interval=0", "trainer.check_val_every_n_epoch=1"], "trainer.val_check_interval=0: give"),
+        (["+trainer.val_check_interval=1.5"], "trainer.val_check_interval=1.5: give"),
+        (["model.schedule=cosine"], "model.schedule=cosine is a choice, not a setting: give model/schedule=cosine"),
+        (["model/schedule=linear", "model.num_steps=1000", "model.schedule.beta_start=-1"], "choose beta_start and beta_end"),
+        (["model/schedule=linear", "model.num_steps=10"], "the ends are stretched by 1000/T"),
         (["trainer.max_epochs=null"], "trainer.max_epochs=null says nothing of where training ends"),
         (["callbacks=early_stopping", "callbacks.early_stopping.mode=min"], "val/elbo gets better with mode=max"),
         (["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/bpd"], "val/bpd gets better with mode=min"),
@@ -178,6 +186,10 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
     torch.save({name: value for name, value in held.items() if name != "optimizer_states"}, broken)
     with pytest.raises(SettingError, match="has no optimizer_states"):
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
+    weights = {name: value for name, value in held["state_dict"].items() if name != "encoder.net.1.0.weight"}
+    torch.save(held | {"state_dict": weights}, broken)
+    with pytest.raises(SettingError, match=r"has other weights than this model: .*encoder\.net\.1\.0\.weight"):
+        run_here(tmp_path / "d", "model=vae", "logger=csv", "trainer.max_epochs=2", f"ckpt={broken}")
     broken.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(SettingError, match="truncated"):
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")

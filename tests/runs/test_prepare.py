@@ -73,6 +73,15 @@ def test_what_is_printed_knows_the_defaults():
     assert summary(large, Path("set")).splitlines()[-1] == "python train.py data=stream data.root=set"
 
 
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_no_command_is_printed_that_could_only_be_refused(num, tmp_path, capsys):
+    (tmp_path / "few").mkdir()
+    np.savez(tmp_path / "few/train.npz", data=pictures(num, 3072))
+    prepare(f"source={tmp_path}/few", f"out={tmp_path}/out")
+    assert ("none would be left to train on" in capsys.readouterr().out) == (num < 3)
+    assert (tmp_path / "out" / MANIFEST).is_file()
+
+
 def test_help_loads_no_torch():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "prepare.py"), "--help"], capture_output=True, text=True, check=True
