@@ -110,7 +110,11 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
-        whole = isinstance(config["model"], dict) and isinstance(config["data"], dict) and checkpoint["state_dict"] is not None
+        whole = (
+            isinstance(config["model"], dict)
+            and isinstance(config["data"], dict)
+            and isinstance(checkpoint["state_dict"], dict)
+        )
     except (
         pickle.UnpicklingError,
         RuntimeError,

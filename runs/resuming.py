@@ -20,7 +20,8 @@ from runs.devices import is_child_rank
 from runs.directory import BEST, LAST, claim, read_checkpoint
 from runs.identity import INCIDENTAL
 
-NEEDED = ("loops", "global_step", "optimizer_states", "lr_schedulers")  # beside the weights, to go on
+# beside the weights, to go on, and of which kind
+NEEDED = {"loops": dict, "global_step": int, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict}
 
 
 def choose_checkpoint(
@@ -40,6 +41,11 @@ def choose_checkpoint(
             raise SettingError(
                 f"ckpt={checkpoint} has no {missing[0]}, so training cannot go on from it: give last.ckpt of a run"
             )
+        wrong = [name for name, kind in NEEDED.items() if not isinstance(held[name], kind)]
+        wrong += [name for name in ("loops", "optimizer_states") if name not in wrong and not held[name]]
+        wrong += [name for name in ("images", "averaging_state") if not isinstance(held.get(name, {}), dict)]
+        if wrong:
+            raise SettingError(f"ckpt={checkpoint} is damaged, as its {wrong[0]} shows: give another checkpoint")
         same_model(held["config"], config, checkpoint)
         same_data(held["config"], config, checkpoint)
         same_optimizer(held["config"], config, checkpoint)

@@ -186,12 +186,13 @@ def test_weights_that_do_not_fit_are_refused(content, tmp_path):
         state | {"more": torch.zeros(1)},
         state | {key: state[key][:1]},
         state | {key: "text"},
-        [1, 2],
-        5,
         {},
     ):
         run = SavedRun.open(saved(content | {"state_dict": changed}, tmp_path))
         refused(lambda run=run: run.load(run.model(), "ema"), "do not fit")
+    for changed in ([1, 2], 5, None):
+        path = saved(content | {"state_dict": changed}, tmp_path)
+        refused(lambda path=path: SavedRun.open(path), "not written by this framework")
     config = content["config"]
     run = SavedRun.open(saved(content | {"config": config | {"model": config["model"] | {"latent_dim": 3}}}, tmp_path))
     refused(lambda: run.load(run.model(), "raw"), "do not fit")

@@ -186,6 +186,15 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
     torch.save({name: value for name, value in held.items() if name != "optimizer_states"}, broken)
     with pytest.raises(SettingError, match="has no optimizer_states"):
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
+    for name, other in {
+        "loops": {}, "optimizer_states": [], "lr_schedulers": 3, "global_step": "x", "callbacks": 5, "images": 5,
+    }.items():  # fmt: skip
+        torch.save(held | {name: other}, broken)
+        with pytest.raises(SettingError, match=f"is damaged, as its {name} shows"):
+            run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
+    torch.save(held | {"state_dict": [1]}, broken)
+    with pytest.raises(SettingError, match="truncated, or was not written"):
+        run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
     weights = {name: value for name, value in held["state_dict"].items() if name != "encoder.net.1.0.weight"}
     torch.save(held | {"state_dict": weights}, broken)
     with pytest.raises(SettingError, match=r"has other weights than this model: .*encoder\.net\.1\.0\.weight"):
