@@ -110,11 +110,15 @@ def start(main: Callable[[], object]) -> None:
         if asked or error.strerror is None:
             raise
         advice = "; choose another place by hydra.run.dir or paths.output_dir" if Path(sys.argv[0]).stem == "train" else ""
-        place = error.filename or "a file cannot be written"
-        sys.exit(f"error: {place}: {error.strerror}{advice}")
+        sys.exit(f"error: {refusal(error)}{advice}")
     finally:
         if not asked:
             os.environ.pop(FULL, None)
+
+
+def refusal(error: OSError) -> str:
+    """Returns what the system has to say; of a full disk it does not say for which file."""
+    return f"{error.filename or 'a file cannot be read or written'}: {error.strerror or error}"
 
 
 def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) -> object:

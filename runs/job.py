@@ -41,6 +41,7 @@ from losses.elbo import nats_to_bits_per_dim
 from runs.build import RankError, SettingError, build_part, factory, plain
 from runs.devices import compile_networks, is_child_rank
 from runs.directory import CONFIG, FORMAT, LAST, RESULT, hold, withdraw_result, write_json
+from runs.entry import refusal
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
 from runs.resuming import choose_checkpoint, resume_command, same_images
 from runs.settings import check_limits, check_model, check_ranks, check_settings, chosen_callbacks
@@ -240,7 +241,7 @@ def one_sentence(trainer: Trainer) -> Iterator[None]:
     except ValueError as error:
         raise RankError(" ".join(str(error).split())) from error
     except OSError as error:
-        raise RankError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+        raise RankError(refusal(error)) from error
     except RuntimeError as error:
         if "loading state_dict" in str(error):
             raise SettingError(f"ckpt= has other weights than this model: {' '.join(str(error).split())[:300]}") from error

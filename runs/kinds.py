@@ -51,9 +51,9 @@ def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
                     yield from wrong_kinds(part, nulls)
         elif not suits and (nulls or (value is not None and hints[name] is not NONE)):
             key = node._get_full_key(name)
-            choice = f"{key.replace('.', '/')}={value}"
-            if (CONF / f"{choice.replace('=', '/')}.yaml").is_file():
-                yield f"{key}={value} is a choice, not a setting: give {choice}"
+            group = key.replace(".", "/")
+            if (CONF / group / f"{value}.yaml").is_file():
+                yield f"{key}={value} is a choice, not a setting: give {group}={value}"
                 continue
             quoted = f", as {key}='\"{value}\"'" if isinstance(value, (int, float)) and fits(str(value), hints[name]) else ""
             yield f"{key}={value}: give {kind(hints[name])}{quoted}"

@@ -37,15 +37,7 @@ def choose_checkpoint(
         checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
     if checkpoint is not None:
         held = read_checkpoint(checkpoint, "ckpt")
-        if missing := [name for name in NEEDED if name not in held]:
-            raise SettingError(
-                f"ckpt={checkpoint} has no {missing[0]}, so training cannot go on from it: give last.ckpt of a run"
-            )
-        wrong = [name for name, kind in NEEDED.items() if not isinstance(held[name], kind)]
-        wrong += [name for name in ("loops", "optimizer_states") if name not in wrong and not held[name]]
-        wrong += [name for name in ("images", "averaging_state") if not isinstance(held.get(name, {}), dict)]
-        if wrong:
-            raise SettingError(f"ckpt={checkpoint} is damaged, as its {wrong[0]} shows: give another checkpoint")
+        complete(held, checkpoint)
         same_model(held["config"], config, checkpoint)
         same_data(held["config"], config, checkpoint)
         same_optimizer(held["config"], config, checkpoint)
@@ -63,6 +55,21 @@ def choose_checkpoint(
         if not own and not in_sweep:
             claim(directory, again=cfg.ckpt == "auto")
     return checkpoint, step, images
+
+
+def complete(held: dict[str, Any], path: Path) -> None:
+    """Refuses a checkpoint without what training goes on from, or with something else in its place.
+
+    Raises:
+        SettingError: naming the first part that is missing or of another kind.
+    """
+    if missing := [name for name in NEEDED if name not in held]:
+        raise SettingError(f"ckpt={path} has no {missing[0]}, so training cannot go on from it: give last.ckpt of a run")
+    wrong = [name for name, kind in NEEDED.items() if not isinstance(held[name], kind)]
+    wrong += [name for name in ("loops", "optimizer_states") if not held[name]]
+    wrong += [name for name in ("images", "averaging_state") if not isinstance(held.get(name, {}), dict)]
+    if wrong:
+        raise SettingError(f"ckpt={path} is damaged, as its {wrong[0]} shows: give another checkpoint")
 
 
 def find_checkpoint(ckpt: str, directory: Path, outputs: Path, suffix: str) -> Path:

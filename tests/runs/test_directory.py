@@ -18,7 +18,7 @@ from tests.jobs import ROOT, configure, result, run_here
 HOLDER = """
 import sys, time
 from pathlib import Path
-from runs.directory import CONFIG, LAST, LOCK, RESULT, hold
+from runs.directory import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -71,7 +71,7 @@ def test_what_a_terminal_lacks_ends_no_command(variables):
 def test_what_the_system_refuses_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     for error, sentence in (
-        (OSError(28, "No space left on device"), "error: a file cannot be written: No space left on device"),
+        (OSError(28, "No space left on device"), "error: a file cannot be read or written: No space left on device"),
         (OSError(13, "Permission denied", "/there"), "error: /there: Permission denied"),
     ):
 
