@@ -22,7 +22,7 @@ from runs.build import build_part
 MODEL = ("data=digits", "model=ddpm", "model/network=unet_8x8")
 JOB = (
     *MODEL, "trainer.max_epochs=-1",
-    "+trainer.limit_val_batches=0", "+trainer.limit_test_batches=1", "model.test_calls=2", "trainer.log_every_n_steps=20",
+    "trainer.limit_val_batches=0", "trainer.limit_test_batches=1", "model.test_calls=2", "trainer.log_every_n_steps=20",
     "~callbacks.pictures", "logger.mode=disabled", "+callbacks.times._target_=benchmarks.ranks.StepTimes",
 )  # fmt: skip
 WARM_UP = 5  # steps that are not counted: DDP learns the graph, and rebuilds its buckets

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
 from evaluation.rows import Rows, over_batches
-from lightning_modules.posteriors import Level
+from lightning_modules import LatentModule
 from losses import DiagGaussian
 
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016, section 5)
@@ -46,11 +45,13 @@ class LevelBalance:
         return int((self.mean_variance > ACTIVE).sum())
 
 
-def measure_levels(model: Any, rows: Rows, fabric: Fabric, batch_size: int) -> tuple[list[LevelBalance], dict[str, float]]:
+def measure_levels(
+    model: LatentModule, rows: Rows, fabric: Fabric, batch_size: int
+) -> tuple[list[LevelBalance], dict[str, float]]:
     """Measures every level of a VAE or MHVAE, and the aggregate posterior of a VAE.
 
     Args:
-        model: has ``levels_of``.
+        model: whose latents are measured.
         rows: R ≥ 2 draws of each image.
         fabric: this rank evaluates everything by itself: it is cheap.
         batch_size: rows at once.
@@ -60,9 +61,8 @@ def measure_levels(model: Any, rows: Rows, fabric: Fabric, batch_size: int) -> t
     """
 
     def numbers_of(x: Tensor) -> Tensor:
-        levels: list[Level] = model.levels_of(x)
         parts = []
-        for level in levels:
+        for level in model.levels_of(x):
             log_std = level.q.log_std.expand_as(level.q.mean)
             parts.append(torch.stack([level.kl_of_units(), level.q.mean, log_std, level.z], 1).flatten(2))
         return torch.stack(parts, 1)

@@ -13,7 +13,7 @@ from evaluation.importance_weighted import importance_weighted
 from evaluation.pictures import draw_images, draw_rate_distortion, draw_steps, draw_units
 from evaluation.setting import Setting
 from evaluation.statistics import Figure, figure
-from lightning_modules import LikelihoodModule
+from lightning_modules import LatentModule, LikelihoodModule
 from losses.elbo import nats_to_bits_per_dim
 
 BALANCE_DRAWS = 8
@@ -27,7 +27,7 @@ def extras(setting: Setting, bound: Bound, records: dict[str, Any]) -> dict[str,
     if cfg.probability_flow:
         records["probability_flow"] = flow_record(setting)
     levels: list[LevelBalance] = []
-    if cfg.balance and hasattr(model, "levels_of"):
+    if cfg.balance and isinstance(model, LatentModule):
         levels, aggregate = measure_levels(model, setting.rows(BALANCE_DRAWS, "balance"), setting.fabric, cfg.batch_size)
         records["balance"] = {"levels": [level_record(level) for level in levels], **aggregate}
     return draw(setting, bound, levels) if cfg.pictures and setting.fabric.is_global_zero else {}

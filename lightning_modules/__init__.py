@@ -2,6 +2,7 @@
 
 from lightning_modules.base import LikelihoodModule
 from lightning_modules.ddpm import DDPMLightningModule
+from lightning_modules.latents import LatentModule
 from lightning_modules.lr_schedules import Constant, WarmupCosine
 from lightning_modules.mhvae import MHVAELightningModule
 from lightning_modules.posteriors import MarkovPosterior, TopDownPosterior
@@ -10,6 +11,7 @@ from lightning_modules.vae import VAELightningModule
 __all__ = [
     "Constant",
     "DDPMLightningModule",
+    "LatentModule",
     "LikelihoodModule",
     "MHVAELightningModule",
     "MarkovPosterior",

@@ -1,9 +1,7 @@
 r"""Markovian hierarchical VAE: p(z_T) p(x|z_1) Π_{t=2}^T p(z_{t-1}|z_t), and q(z_1..z_T|x).
 
-.. math::  ELBO(x) = E_q[\ln p(x|z_1)] - KL(q(z_T|·) ‖ N(0, I)) - Σ_{t=1}^{T-1} (KL \text{ of } z_t)
-
-The middle sum is the matching term. How its KLs are estimated depends on the posterior's factorisation: see
-:mod:`lightning_modules.posteriors`. T = 1 is the VAE, term for term.
+The last sum of the bound (:mod:`lightning_modules.latents`) is the matching term. How its KLs are estimated depends on the
+posterior's factorisation: see :mod:`lightning_modules.posteriors`. T = 1 is the VAE, term for term.
 """
 
 from __future__ import annotations
@@ -12,16 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_modules.base import LikelihoodModule, build
-from lightning_modules.posteriors import Factory, Level, build_transitions, log_weight
-from lightning_modules.vae import check_beta, check_likelihood
-from losses import Elbo, Likelihood
+from lightning_modules.base import build
+from lightning_modules.latents import LatentModule
+from lightning_modules.posteriors import Factory, Level, build_transitions
+from losses import Likelihood
 
 
-class MHVAELightningModule(LikelihoodModule):
+class MHVAELightningModule(LatentModule):
     """T latents in a chain.
 
     Args:
@@ -49,14 +46,12 @@ class MHVAELightningModule(LikelihoodModule):
         beta: float = 1.0,
         **settings: Any,
     ) -> None:
-        super().__init__(**settings)
-        check_likelihood(likelihood, self.levels)
-        check_beta(beta)
+        super().__init__(likelihood, latent_dim, beta, **settings)
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(
                 f"model.depth={depth!r} must be an integer of at least 1: it is the number of latents (1 is a VAE)"
             )
-        self.likelihood, self.depth, self.latent_dim, self.beta = likelihood, depth, latent_dim, beta
+        self.depth = depth
         sizes = {"depth": depth, "latent_dim": latent_dim}
         if not isinstance(posterior, nn.Module):
             if encoder is None:
@@ -75,38 +70,11 @@ class MHVAELightningModule(LikelihoodModule):
         """Draws the chain of latents, z_1 first."""
         return self.posterior(self.to_unit(x), self.generative)
 
-    def elbo(self, x: Tensor) -> Elbo:
-        """Returns the bound with one draw of the chain."""
-        levels = self.levels_of(x)
-        kls = [level.kl() for level in levels]
-        matching = torch.stack(kls[:-1]).sum(0) if self.depth > 1 else torch.zeros_like(kls[-1])
-        return Elbo(self.likelihood.log_prob(self.decoder(levels[0].z), x), kls[-1], matching)
-
-    def log_weight(self, x: Tensor) -> Tensor:
-        """See :meth:`LikelihoodModule.log_weight`."""
-        levels = self.levels_of(x)
-        return log_weight(self.likelihood.log_prob(self.decoder(levels[0].z), x), levels)
-
-    def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
-        """Returns -(reconstruction - β · (prior + matching)) per dimension, and the bound."""
-        elbo = self.elbo(x)
-        return (self.beta * (elbo.prior + elbo.matching) - elbo.reconstruction).mean() / self.num_dims, elbo
-
-    def sample(self, num: int, mean: bool = False) -> Tensor:
-        """See :meth:`LikelihoodModule.sample`."""
-        z = torch.randn(num, self.latent_dim, device=self.device, dtype=self.likelihood_dtype)
+    def ancestors(self, z: Tensor) -> Tensor:
+        """Draws z_{T-1}, ..., z_1 by the transitions of p."""
         for transition in reversed(self.generative):
             z = transition(z).sample()
-        params = self.decoder(z)
-        return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Returns the mean of p(x|z_1) for z_1 ~ q(z_1|x): uint8 (B, C, H, W)."""
-        return self.likelihood.mean(self.decoder(self.levels_of(x)[0].z))
-
-    def level_kls(self, x: Tensor) -> Tensor:
-        """See :meth:`LikelihoodModule.level_kls`: (T, B)."""
-        return torch.stack([level.kl() for level in self.levels_of(x)])
+        return z
 
     def protocol(self) -> dict[str, Any]:
         """See :meth:`LikelihoodModule.protocol`."""

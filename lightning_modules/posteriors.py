@@ -60,11 +60,6 @@ class Level:
         return log_ratio(self.q, self.p, self.z)
 
 
-def log_weight(log_likelihood: Tensor, levels: Sequence[Level]) -> Tensor:
-    """Returns ln p(x, z_{1:T}) - ln q(z_{1:T}|x) of a drawn chain: ln p(x|z_1) (B,) and its levels -> (B,), nats."""
-    return log_likelihood - torch.stack([level.log_ratio() for level in levels]).sum(0)
-
-
 class MarkovPosterior(nn.Module):
     r"""Bottom-up: q(z_1|x) Π_{t=2}^T q(z_t|z_{t-1}), DDPM's factorisation with learned steps.
 

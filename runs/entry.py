@@ -154,25 +154,33 @@ def sentence(error: BaseException) -> str:
     unknown = re.match(r"Could not override '([^']+)'\. To append to your config use (\S+)", text)
     if unknown is None:
         return text
-    settings, group = _settings(), unknown[1].split(".")[0]
-    if not any(name.startswith(f"{group}.") for name in settings):
-        choices = [f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml"))]
-        if having := [choice for choice in choices if unknown[1] in _settings(choice)]:
-            return f"{unknown[1]}: no {group} is chosen; add {' or '.join(having)}"
-    near = get_close_matches(unknown[1], {*settings, *_groups()}, n=2, cutoff=0.8)
+    return _no_setting(unknown[1], unknown[2])
+
+
+def _no_setting(name: str, adding: str) -> str:
+    """Says what a setting that is not there may have been meant for, and how Hydra would add it."""
+    group = name.split(".")[0]
+    choices = [f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml"))]
+    others = {choice: _settings(choice) for choice in choices}
+    if having := [choice for choice, settings in others.items() if name in settings]:
+        return f"{name} is a setting of {' and of '.join(having)}, not of what is chosen: add {' or '.join(having)}"
+    near = get_close_matches(name, {*_settings(), *_groups()}, n=2, cutoff=0.8)
+    near = near or get_close_matches(name, {setting for settings in others.values() for setting in settings}, n=1, cutoff=0.8)
     advice = f"is it {' or '.join(near)}?" if near else f"python {Path(sys.argv[0]).name} --cfg job shows them all;"
-    return f"{unknown[1]} is no setting: {advice} {unknown[2]} adds one"
+    return f"{name} is no setting: {advice} {adding} adds one"
 
 
 def _settings(*added: str) -> list[str]:
     """Returns the names of all settings under the groups that are chosen by the command line, as far as it can be composed.
 
     Args:
-        added: choices to take besides.
+        added: choices to take instead of those of their groups.
     """
     from runs.build import flatten  # what builds is not loaded for --help
 
+    instead = {choice.partition("=")[0] for choice in added}
     chosen = [item for item in sys.argv[1:] if re.match(r"[\w/]+=[\w-]+$|~[\w/]+$", item)]
+    chosen = [item for item in chosen if item.lstrip("~").partition("=")[0] not in instead]
     running = GlobalHydra.instance().is_initialized()  # in a sweep
     for overrides in (chosen, []):
         try:

@@ -111,7 +111,7 @@ def quiet_libraries() -> None:
     lightning.handlers.clear()  # Hydra's root handler prints them already
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what +trainer.profiler=simple has found
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what trainer.profiler=simple has found
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*",
@@ -299,7 +299,9 @@ def test(
         **totals(trainer, session, time.monotonic() - started),
     }
     record = result_record(metrics, model.num_dims, model.levels, objective=best_figure, **facts)
-    if trainer.is_global_zero and not only_tries(trainer, cfg):
+    if only_tries(trainer, cfg):
+        say(trainer, f"trainer.fast_dev_run={cfg.trainer.fast_dev_run}: training, validation and test work; there is no result")
+    elif trainer.is_global_zero:
         write_json(directory / RESULT, record)
         steps = f"step {tested}" + (f" of {step}, the best in validation" if tested < step else "")
         Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, {steps}"))

@@ -120,7 +120,7 @@ def _check_lengths(cfg: DictConfig) -> None:
     if cfg.trainer.get("overfit_batches"):
         raise SettingError(
             f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
-            "the data: add +trainer.limit_train_batches=N and +trainer.limit_val_batches=N"
+            "the data: set trainer.limit_train_batches=N and trainer.limit_val_batches=N"
         )
     if all(cfg.trainer.get(name) in (None, -1) for name in ("max_steps", "max_time")) and cfg.trainer.get("max_epochs") is None:
         raise SettingError(

@@ -47,7 +47,7 @@ def validations(directory):
         (("trainer.max_epochs=9", "trainer.max_steps=60"), [55, 60]),
         (("trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), [5]),
         (("+callbacks.stop._target_=tests.callbacks.test_last_validation.StopsAt", "+callbacks.stop.step=15"), [15]),
-        (("trainer.max_epochs=1", "trainer.check_val_every_n_epoch=null", "+trainer.val_check_interval=4"), [4, 8, 11]),
+        (("trainer.max_epochs=1", "trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=4"), [4, 8, 11]),
     ],
 )
 def test_the_last_steps_are_validated_and_kept(settings, steps, tmp_path):
@@ -58,7 +58,7 @@ def test_the_last_steps_are_validated_and_kept(settings, steps, tmp_path):
 
 
 def test_without_validations_every_epoch_is_kept_and_a_killed_run_goes_on(tmp_path):
-    settings = (*JOB, "trainer.max_epochs=3", "+trainer.limit_val_batches=0")
+    settings = (*JOB, "trainer.max_epochs=3", "trainer.limit_val_batches=0")
     killed = "tests.callbacks.test_last_validation.KilledAt"
     with pytest.raises(RuntimeError, match="killed"):
         run_here(tmp_path / "parts", *settings, f"+callbacks.stop._target_={killed}", "+callbacks.stop.step=25")
@@ -74,11 +74,11 @@ def test_without_validations_every_epoch_is_kept_and_a_killed_run_goes_on(tmp_pa
     ("shorter", "longer", "steps"),
     [
         (("trainer.max_steps=15",), (), 33),
-        (("trainer.max_steps=15",), ("+trainer.limit_val_batches=0",), 33),
+        (("trainer.max_steps=15",), ("trainer.limit_val_batches=0",), 33),
         (("trainer.max_epochs=2",), (), 33),
         (("trainer.max_epochs=2",), ("trainer.max_steps=33",), 33),
         (("trainer.max_epochs=2",), ("trainer.check_val_every_n_epoch=1", "callbacks=early_stopping"), 33),
-        (("trainer.max_epochs=2",), ("+trainer.limit_train_batches=5",), 15),
+        (("trainer.max_epochs=2",), ("trainer.limit_train_batches=5",), 15),
     ],
 )
 def test_a_run_that_goes_on_behind_it_ends_as_one_that_was_longer_at_once(shorter, longer, steps, tmp_path):

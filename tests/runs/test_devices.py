@@ -141,7 +141,7 @@ def test_accumulated_batches_make_one_optimiser_step(tmp_path):
     [
         (["data.batch_size=15"], "data.batch_size=15 .* cannot be shared equally by trainer.devices=2"),
         (["trainer.devices=181", "data.batch_size=181"], "the 180 val images of digits are fewer than 181 devices"),
-        (["+trainer.limit_val_batches=0.5"], "trainer.limit_val_batches=0.5"),
+        (["trainer.limit_val_batches=0.5"], "trainer.limit_val_batches=0.5"),
         (["callbacks=batch_size_finder"], "tries one device, not trainer.devices=2"),
         (["trainer.strategy.process_group_backend=cpu:glue"], "process_group_backend=cpu:glue: this PyTorch has no glue"),
     ],

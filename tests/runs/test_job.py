@@ -106,8 +106,8 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch=0"),
         (["trainer.log_every_n_steps=0"], "trainer.log_every_n_steps=0"),
         (["trainer.accumulate_grad_batches=2.5"], "trainer.accumulate_grad_batches=2.5"),
-        (["+trainer.limit_test_batches=0"], "trainer.limit_test_batches=0"),
-        (["+trainer.limit_train_batches=1.5"], "trainer.limit_train_batches=1.5"),
+        (["trainer.limit_test_batches=0"], "trainer.limit_test_batches=0"),
+        (["trainer.limit_train_batches=1.5"], "trainer.limit_train_batches=1.5"),
         (["trainer.num_nodes=2"], "trainer.num_nodes=2"),
         (["trainer.enable_progress_bar=abc"], "trainer.enable_progress_bar=abc"),
         (["model.optimizer.lr=abc"], "model.optimizer.lr=abc"),
@@ -130,20 +130,20 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["callbacks.seeding.seed=x"], "callbacks.seeding.seed=x"),
         (["model/lr_scheduler=warmup_cosine", "model.lr_scheduler.warmup_steps=1.5"], "model.lr_scheduler.warmup_steps=1.5"),
         (["+trainer.min_epochs=5", "trainer.max_epochs=2"], "trainer.min_epochs=5 is above trainer.max_epochs=2"),
-        (["callbacks=early_stopping", "+trainer.limit_val_batches=0"], "limit_val_batches=0 leaves none"),
+        (["callbacks=early_stopping", "trainer.limit_val_batches=0"], "limit_val_batches=0 leaves none"),
         (["+trainer.logger=false"], "logger=csv or ~logger"),
         (["callbacks.ema=false"], "callbacks.ema=False: ~callbacks.ema leaves it out"),
         (["callbacks=early_stopping", "callbacks.early_stopping=false"], "~callbacks.early_stopping leaves it out"),
         (["+callbacks.own._target_=collections.OrderedDict"], "callbacks.own._target_=collections.OrderedDict: derive it"),
-        (["+trainer.val_check_interval=0", "trainer.check_val_every_n_epoch=1"], "trainer.val_check_interval=0: give"),
-        (["+trainer.val_check_interval=1.5"], "trainer.val_check_interval=1.5: give"),
+        (["trainer.val_check_interval=0", "trainer.check_val_every_n_epoch=1"], "trainer.val_check_interval=0: give"),
+        (["trainer.val_check_interval=1.5"], "trainer.val_check_interval=1.5: give"),
         (["model.schedule=cosine"], "model.schedule=cosine is a choice, not a setting: give model/schedule=cosine"),
         (["model/schedule=linear", "model.num_steps=1000", "model.schedule.beta_start=-1"], "choose beta_start and beta_end"),
         (["model/schedule=linear", "model.num_steps=10"], "the ends are stretched by 1000/T"),
         (["trainer.max_epochs=null"], "trainer.max_epochs=null says nothing of where training ends"),
         (["callbacks=early_stopping", "callbacks.early_stopping.mode=min"], "val/elbo gets better with mode=max"),
         (["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/bpd"], "val/bpd gets better with mode=min"),
-        (["+trainer.limit_test_batches=0.1"], "trainer.limit_test_batches=0.1: that is none of 2 batches"),
+        (["trainer.limit_test_batches=0.1"], "trainer.limit_test_batches=0.1: that is none of 2 batches"),
         (["+callbacks.mine.monitor=x"], "callbacks.mine has no _target_"),
         (["data._target_=tests.probes.ForeignData"], "data._target_=tests.probes.ForeignData: derive it"),
         (["+trainer.default_root_dir=here"], "hydra.run.dir"),
@@ -218,7 +218,7 @@ def test_a_refused_job_claims_nothing_and_may_be_tried_again_in_its_place(tmp_pa
     with pytest.raises(SettingError):
         run_here(tmp_path, "model=vae", "logger=csv", "data.batch_size=5000")
     with pytest.raises(SettingError, match="val_check_interval"):  # which Lightning refuses when it has begun
-        run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "+trainer.val_check_interval=50")
+        run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "trainer.val_check_interval=50")
     run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1")
     assert result(tmp_path / "run")["step"] == 11
 
@@ -276,6 +276,8 @@ def test_the_command_works_from_anywhere_and_refuses_in_one_line(tmp_path):
         ("model/schedule=cosinus", ["cosinus", "log_snr_linear"]),
         ("model.num_stps=3", ["model.num_stps is no setting: is it model.num_steps? +model.num_stps=3 adds one"]),
         ("model.quantum=3", ["model.quantum is no setting: python train.py --cfg job shows them all; +model.quantum=3"]),
+        ("model.latent_dim=3", ["model.latent_dim is a setting of model=mhvae and of model=vae, not of what is chosen: add"]),
+        ("model.latnt_dim=3", ["model.latnt_dim is no setting: is it model.latent_dim?"]),
         ("model/encodr=mlp", ["model/encodr is no setting: is it model/encoder"]),
         ("model/encoder=mlp", ["model/encoder: the model that is chosen has none; +model/encoder=mlp adds one"]),
         ("+model.network.hiden_dim=3", ["model.network.hiden_dim=3: MLPDenoiser takes no such setting, is it hidden_dim?"]),
@@ -375,7 +377,7 @@ def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp
 
 
 def test_a_profiler_says_what_it_found(tmp_path, caplog):
-    run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "+trainer.profiler=simple")
+    run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "trainer.profiler=simple")
     assert "FIT Profiler Report" in caplog.text
     assert "optimizer_step" in caplog.text
 
@@ -396,7 +398,7 @@ def test_the_printed_command_goes_on_wherever_the_run_lies(name, tmp_path):
 
 def test_a_run_of_one_picture_and_without_loggers_leaves_its_figures(tmp_path):
     run_here(
-        tmp_path, "model=vae", "~logger", "callbacks.pictures.num=1", "trainer.max_epochs=1", "+trainer.limit_val_batches=0"
+        tmp_path, "model=vae", "~logger", "callbacks.pictures.num=1", "trainer.max_epochs=1", "trainer.limit_val_batches=0"
     )
     assert result(tmp_path / "run")["objective"] is None  # nothing was validated, and JSON has no NaN
     assert result(tmp_path / "run")["metrics"]["test/bpd"] > 0

@@ -18,7 +18,7 @@ from tests.evaluation.evaluations import evaluate_here
 from tests.jobs import result, run_here
 
 COMMON = (
-    "model=vae", "logger=csv", "callbacks.pictures=null", "trainer.max_epochs=3", "+trainer.val_check_interval=4",
+    "model=vae", "logger=csv", "callbacks.pictures=null", "trainer.max_epochs=3", "trainer.val_check_interval=4",
 )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def test_another_batch_size_is_refused_behind_the_first_batch_too(tmp_path, monk
 def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_amid_one_stay(tmp_path, monkeypatch):
     accumulate = (
         *COMMON[:-1],
-        "+trainer.val_check_interval=6",
+        "trainer.val_check_interval=6",
         "trainer.accumulate_grad_batches=4",
         "trainer.log_every_n_steps=1",
     )

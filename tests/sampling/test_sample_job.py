@@ -190,4 +190,5 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(name, overrides, senten
 
 def test_a_setting_of_a_sampler_alone_is_answered_by_the_choice_that_has_it(tmp_path):
     done = command("run=anything", "sampler.num_steps=4", cwd=tmp_path, script="sample.py")
-    assert (done.returncode, done.stderr.strip()) == (1, "error: sampler.num_steps: no sampler is chosen; add sampler=ddim")
+    refusal = "error: sampler.num_steps is a setting of sampler=ddim, not of what is chosen: add sampler=ddim"
+    assert (done.returncode, done.stderr.strip()) == (1, refusal)
