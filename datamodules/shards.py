@@ -104,11 +104,9 @@ class Manifest(NamedTuple):
         )
 
     def write(self, folder: Path) -> None:
-        """Writes ``manifest.json``, at once."""
+        """Writes ``manifest.json``."""
         record = self._asdict() | {"splits": {k: [shard._asdict() for shard in v] for k, v in self.splits.items()}}
-        draft = folder / f"{MANIFEST}.tmp"
-        draft.write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n")
-        draft.replace(folder / MANIFEST)
+        (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, **record}, indent=1) + "\n")
 
     def num(self, split: str) -> int:
         """Returns how many images a split has."""

@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from runs.build import SettingError
 from tests.evaluation.evaluations import evaluate_here
@@ -44,7 +45,17 @@ def test_a_data_set(own, tmp_path):
     assert 0.1 < result(tmp_path / "run")["metrics"]["test/bpd"] < 1.1  # one bit a pixel, and less when rows are seen
 
 
+def test_a_model(own, tmp_path):
+    run_here(tmp_path, own, "model=learned_prior", "model.latent_dim=3", "logger=csv", "callbacks.pictures=null")
+    trained = result(tmp_path / "run")["metrics"]
+    assert trained["test/prior"] > 0
+    bits, _ = evaluate_here(tmp_path / "run", "packages=mine", "replicates=2", "iwae_samples=2", "max_images=180")
+    assert bits == pytest.approx(trained["test/bpd"], abs=0.05)
+    weights = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert weights["mean"].abs().min() > 0  # it is trained
+
+
 def test_every_group_of_the_table_is_there():
     rows = re.findall(r"^\| `(\S+)` \|", (ROOT / "docs" / "parts.md").read_text(), re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert all((ROOT / "conf" / name).is_dir() for name in rows)
