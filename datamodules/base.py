@@ -209,9 +209,11 @@ class ImageDataModule(LightningDataModule, ABC):
             settings["multiprocessing_context"] = worker_context()
         # a GPU copies from pinned memory while the host goes on, which Lightning asks it to
         settings["pin_memory"] = isinstance(getattr(self.trainer, "accelerator", None), CUDAAccelerator)
+        sampler = self._sampler(split)
+        sampler.repeats = bool(getattr(self.trainer, "overfit_batches", 0))
         if split == "train":
-            return ResumableLoader(batches, sampler=self._sampler(split), place=self._place, **settings)
-        return DataLoader(batches, sampler=self._sampler(split), **settings)
+            return ResumableLoader(batches, sampler=sampler, place=self._place, **settings)
+        return DataLoader(batches, sampler=sampler, **settings)
 
     def _sampler(self, split: str) -> GlobalBatchSampler:
         train = split == "train"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from losses.draws import Rows, seeded
 
@@ -47,12 +47,13 @@ class BatchRecord(NamedTuple):
         return draws[self.rows.start : self.rows.stop]
 
 
-class GlobalBatchSampler(DistributedSampler[BatchRecord]):
+class GlobalBatchSampler(DistributedSampler[BatchRecord], SequentialSampler):
     """Yields one :class:`BatchRecord` a batch, for ``DataLoader(..., sampler=this, batch_size=None)``.
 
     A last, smaller batch is dealt out as evenly as it goes: no image is seen twice and none is left out, and a rank for
     which no row remains does not yield it. It is a ``DistributedSampler`` in that Lightning leaves it alone: the batches of any
-    other kind would be dealt out again, each rank left with a part only of the rows that are its own.
+    other kind would be dealt out again, each rank left with a part only of the rows that are its own. And a
+    ``SequentialSampler``, as any other would be replaced where a few batches are trained on again and again.
 
     Args:
         num_examples: number of images in the split.
@@ -92,10 +93,11 @@ class GlobalBatchSampler(DistributedSampler[BatchRecord]):
         self.num_examples, self.batch_size, self.shuffle, self.drop_last = num_examples, batch_size, shuffle, drop_last
         self.seed, self.rank, self.world_size, self.mirror, self.epoch = seed, rank, world_size, mirror, 0
         self.start = 0  # the first batch of the next pass
+        self.repeats = False  # whether every epoch is the first one again
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order and draws come next; Lightning calls it before each epoch."""
-        self.epoch = epoch if self.shuffle else 0
+        self.epoch = epoch if self.shuffle and not self.repeats else 0
 
     def rows(self, batch_index: int) -> Rows:
         """Returns the rows of global batch ``batch_index`` that this rank holds."""

@@ -54,14 +54,20 @@ class Unprofiled(PassThroughProfiler):
         return self._nothing
 
 
-def make_trainer(float32_matmul_precision: str = "highest", fast_dev_run: int | bool | None = None, **settings: Any) -> Trainer:
+def make_trainer(
+    float32_matmul_precision: str = "highest",
+    fast_dev_run: int | bool | None = None,
+    overfit_batches: int | float | None = None,
+    **settings: Any,
+) -> Trainer:
     """Builds Lightning's trainer.
 
     Args:
         float32_matmul_precision: of products and convolutions in float32: ``highest`` is float32; ``high`` is TF32, ``medium``
             bfloat16 for products and TF32 for convolutions, where the hardware has them. Holds for this process until the next
             trainer is built.
-        fast_dev_run: Lightning's, where ``None`` is its default as it is of the others.
+        fast_dev_run: Lightning's; ``None`` is its default, as it is of the others.
+        overfit_batches: the same.
         **settings: Lightning's own.
 
     Raises:
@@ -79,7 +85,7 @@ def make_trainer(float32_matmul_precision: str = "highest", fast_dev_run: int | 
     if settings.get("enable_checkpointing", True) and not fast_dev_run:  # else there is nothing to stop for
         together = StopTogether(requeue=_in_slurm(settings))
         settings["callbacks"] = [*(settings.get("callbacks") or []), together]
-    return Trainer(fast_dev_run=fast_dev_run or False, **settings)
+    return Trainer(fast_dev_run=fast_dev_run or False, overfit_batches=overfit_batches or 0.0, **settings)
 
 
 def round_float32(group: str, precision: str) -> None:

@@ -50,7 +50,7 @@ ELSEWHERE = {  # what the trainer is given here, and the setting that decides it
     "callbacks": "+callbacks.NAME._target_=...",
     "default_root_dir": "hydra.run.dir",
 }
-BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches")  # of trainer
+BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")  # of trainer
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -117,11 +117,6 @@ def _check_precision(cfg: DictConfig) -> None:
 
 
 def _check_lengths(cfg: DictConfig) -> None:
-    if cfg.trainer.get("overfit_batches"):
-        raise SettingError(
-            f"trainer.overfit_batches={cfg.trainer.overfit_batches} is not supported, as Lightning would replace the order of "
-            "the data: set trainer.limit_train_batches=N and trainer.limit_val_batches=N"
-        )
     if all(cfg.trainer.get(name) in (None, -1) for name in ("max_steps", "max_time")) and cfg.trainer.get("max_epochs") is None:
         raise SettingError(
             "trainer.max_epochs=null says nothing of where training ends: give a number (-1: never) or trainer.max_steps"
@@ -137,7 +132,7 @@ def _check_lengths(cfg: DictConfig) -> None:
             raise SettingError(f"trainer.min_{unit}={least} is above trainer.max_{unit}={most}: one of them has to give")
     for name in BATCHES:
         value = cfg.trainer.get(name)
-        if value is None or (name == "limit_val_batches" and value == 0):
+        if value is None or (name in ("limit_val_batches", "overfit_batches") and value == 0):
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
@@ -200,15 +195,15 @@ def check_model(model: LikelihoodModule, image_shape: tuple[int, ...]) -> None:
 
 def check_limits(cfg: DictConfig, datamodule: ImageDataModule) -> None:
     """Refuses shares of the batches and intervals that Lightning would refuse when it comes to them."""
+    overfit = cfg.trainer.get("overfit_batches")
     for split in ("train", "val", "test"):
-        limit = cfg.trainer.get(f"limit_{split}_batches")
+        name = "overfit_batches" if overfit and split != "test" else f"limit_{split}_batches"
+        limit = cfg.trainer.get(name)
         if isinstance(limit, float) and limit:
             num = len(getattr(datamodule, f"{split}_dataloader")())
             if int(limit * num) < 1:
-                raise SettingError(
-                    f"trainer.limit_{split}_batches={limit}: that is none of {num} batches, give a number of them"
-                )
-    interval, limit = cfg.trainer.get("val_check_interval"), cfg.trainer.get("limit_train_batches")
+                raise SettingError(f"trainer.{name}={limit}: that is none of {num} {split} batches, give a number of them")
+    interval, limit = cfg.trainer.get("val_check_interval"), overfit or cfg.trainer.get("limit_train_batches")
     if isinstance(interval, int) and cfg.trainer.get("check_val_every_n_epoch") is not None:
         num = len(datamodule.train_dataloader())
         num = int(limit * num) if isinstance(limit, float) else min(num, limit or num)
@@ -232,9 +227,9 @@ def check_ranks(trainer: Trainer, datamodule: ImageDataModule, cfg: DictConfig) 
         datamodule.check_ranks(trainer.world_size)
     except ValueError as error:
         raise SettingError(str(error)) from None
-    for name in ("limit_val_batches", "limit_test_batches"):
+    for name in ("limit_val_batches", "limit_test_batches", "overfit_batches"):
         limit = cfg.trainer.get(name)
-        if isinstance(limit, float) and limit < 1:
+        if isinstance(limit, float) and 0 < limit < 1:
             raise SettingError(f"trainer.{name}={limit}: devices have different numbers of batches, give a number of batches")
     if any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks):
         raise SettingError(

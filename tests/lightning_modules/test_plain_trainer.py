@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from callbacks import EMA, SeededBatches, Vitals
-from datamodules import DigitsDataModule
+from datamodules import DigitsDataModule, StreamDataModule
+from datamodules.shards import Manifest, write_split
 from losses.draws import mix
 from runs.build import build_part
 from tests.jobs import configure
@@ -22,6 +23,16 @@ class Endless(IterableDataset):
 
     def __iter__(self):
         return iter(X.split(8))
+
+
+class Batches(Callback):
+    """Notes the images of each epoch."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.setdefault(trainer.current_epoch, []).append(batch.clone())
 
 
 class Draws(Callback):
@@ -124,6 +135,26 @@ def test_lightning_takes_the_batches_for_dealt_out_and_does_not_deal_them_again(
     data.setup()
     for made in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         assert isinstance(made.sampler, DistributedSampler)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_same_few_batches_are_trained_on_again_and_again(streamed, tmp_path):
+    settings = {"image_shape": [1, 8, 8], "levels": 17, "batch_size": 32, "seed": 0}
+    data = DigitsDataModule(**settings)
+    data.setup()
+    if streamed:
+        files = {"train": write_split(tmp_path, "train", (1, 8, 8), 200, 10**6, iter([data.splits["train"][:200].numpy()]))}
+        Manifest("some", (1, 8, 8), 17, files).write(tmp_path)
+        data = StreamDataModule(str(tmp_path), True, num_val=20, num_test=20, block_size=4, num_workers=0, **settings)
+    model, seen = build_part(configure(tmp_path, "model=vae").model), {}
+    for overfit in (2, 0):
+        noted = Batches()
+        limits = {"limit_train_batches": 2, "limit_val_batches": 2} if not overfit else {"overfit_batches": overfit}
+        plain(tmp_path, noted, max_epochs=3, **limits).fit(model, data)
+        seen[overfit] = [torch.stack(noted.seen[epoch]) for epoch in range(3)]
+    assert seen[2][0].shape == (2, 32, 1, 8, 8)
+    assert all(torch.equal(seen[2][0], others) for others in seen[2][1:])
+    assert not torch.equal(seen[0][0], seen[0][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
