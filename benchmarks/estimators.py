@@ -13,17 +13,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib import pyplot as plt
 from torch import Tensor
 
 from benchmarks.small_models import digits, linear_gaussian, linear_gaussian_elbo, trained_digits
+from callbacks.pictures import BLUE, ORANGE
 from diffusion import linear, log_snr_linear
 from lightning_modules import DDPMLightningModule
 from losses import DiagGaussian, kl
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 LENGTHS = (2, 5, 10, 50, 100, 1000)
 S2, SCALE = 0.25, 0.8  # data N(0, 1/4); v̂ at 0.8 of the optimal one
@@ -157,11 +155,11 @@ def rows(found: dict[int, dict[str, Noise | float]], with_exact: bool) -> list[s
     return lines
 
 
-def draw(found: dict[str, dict[int, dict[str, Noise | float]]]) -> plt.Figure:
+def plot(found: dict[str, dict[int, dict[str, Noise | float]]]) -> plt.Figure:
     """Returns the plot of the ratios over T."""
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", sharey=True)
     for axis, (name, cells) in zip(axes, found.items(), strict=True):
-        for what, colour in (("deviation", "#3b6fb6"), ("gradient", "#c2541b")):
+        for what, colour in (("deviation", BLUE), ("gradient", ORANGE)):
             ratio = [getattr(cell["three"], what) / getattr(cell["two"], what) for cell in cells.values()]
             axis.loglog(list(cells), ratio, "o-", color=colour, label={"deviation": "value", "gradient": "gradient"}[what])
         axis.axhline(1, color="black", linewidth=0.8)
@@ -215,7 +213,7 @@ def main() -> None:
     text = document(found)
     (settings.out / "images").mkdir(parents=True, exist_ok=True)
     (settings.out / "estimators.md").write_text(text)
-    draw(found).savefig(settings.out / "images" / "estimators.png", dpi=140)
+    plot(found).savefig(settings.out / "images" / "estimators.png", dpi=140)
     print(text)
 
 

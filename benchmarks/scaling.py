@@ -19,7 +19,7 @@ from benchmarks import ranks
 from benchmarks.memory import STATUS, resident_peak
 from benchmarks.paired import timed
 from benchmarks.scaling_cases import Series, TrainingStep, all_series, ddpm
-from benchmarks.scaling_page import PEAK_BATCH, Curve, document, draw
+from benchmarks.scaling_page import PEAK_BATCH, Curve, document, plot
 
 
 def measure(series: Series, rounds: int) -> Curve:
@@ -91,7 +91,7 @@ def main() -> None:
     text = document(curves, processes, None if settings.quick else peak(PEAK_BATCH))
     (settings.out / "images").mkdir(parents=True, exist_ok=True)
     (settings.out / "scaling.md").write_text(text)
-    draw(curves).savefig(settings.out / "images" / "scaling.png", dpi=120)
+    plot(curves).savefig(settings.out / "images" / "scaling.png", dpi=120)
     print(text)
 
 

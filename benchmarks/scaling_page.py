@@ -8,18 +8,15 @@ import platform
 import statistics
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 import torch
-
-from benchmarks.pages import bullet, paragraph
-from benchmarks.power_law import fit, fit_above
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
-BLUE, ORANGE = "#3b6fb6", "#c2541b"
+from benchmarks.pages import bullet, paragraph
+from benchmarks.power_law import fit, fit_above
+from callbacks.pictures import BLUE, ORANGE
+
 PEAK_BATCH = 128
 
 
@@ -45,7 +42,7 @@ class Curve:
         return [memory / 2**20 for memory in self.memory]
 
 
-def draw(curves: list[Curve]) -> plt.Figure:
+def plot(curves: list[Curve]) -> plt.Figure:
     """Returns a grid of log-log plots: time in blue on the left, memory in orange on the right."""
     columns = 3
     figure, axes = plt.subplots(-(-len(curves) // columns), columns, figsize=(11.5, 9.2), layout="constrained", squeeze=False)

@@ -31,11 +31,11 @@ class BatchSizeFinder(Callback):
         """Looks for the size, prints it and ends the job."""
         found, size, reason = 0, 1, f"{self.most} is where it stops"
         while size <= self.most:
-            try:
-                self._try(trainer, pl_module, size)
-            except ValueError:  # of the data module: larger than the training set
+            if size > trainer.datamodule.sizes["train"]:
                 reason = "the training set is not much larger"
                 break
+            try:
+                self._try(trainer, pl_module, size)
             except RuntimeError as error:
                 if not is_oom_error(error):
                     raise

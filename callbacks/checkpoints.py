@@ -60,8 +60,10 @@ class WholeFiles(TorchCheckpointIO):
         draft.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.save(checkpoint, draft)
-        except RuntimeError as error:
+        except BaseException as error:
             draft.unlink(missing_ok=True)
+            if not isinstance(error, RuntimeError):
+                raise
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                 raise
             raise OSError(errno.EIO, "cannot be written whole, perhaps because the disk is full", str(path)) from error

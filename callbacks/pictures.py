@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.checkpoints import tested_step
+from lightning_modules import LatentModule
 from losses.elbo import nats_to_bits_per_dim
 
 matplotlib.use("Agg")
@@ -20,6 +23,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+BLUE, ORANGE = "#3b6fb6", "#c2541b"
 PROFILE_IMAGES = 64
 
 
@@ -47,43 +51,41 @@ class Pictures(Callback):
         """Draws samples with the weights that validation used."""
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and not trainer.sanity_checking and trainer.is_global_zero:
-            with torch.random.fork_rng(devices=[]), torch.inference_mode():
-                torch.manual_seed(0)  # the same latents each time: the grids show learning, not luck
+            with fixed_draws(pl_module.device), torch.inference_mode():  # the grids show learning, not luck
                 self._samples(trainer, pl_module, f"step_{trainer.global_step:07d}", trainer.global_step)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the final samples, reconstructions and the KL profile with the tested weights."""
         if not trainer.is_global_zero:
             return
-        with torch.random.fork_rng(devices=[]), torch.inference_mode():
-            torch.manual_seed(0)
+        with fixed_draws(pl_module.device), torch.inference_mode():
             self._samples(trainer, pl_module, "final", tested_step(trainer))
             first = torch.arange(min(PROFILE_IMAGES, trainer.datamodule.sizes["test"]))  # on however many ranks
             x = trainer.datamodule.scored("test").index_select(0, first)
             x = pl_module.on_before_batch_transfer(x, 0).to(pl_module.device)
-            if hasattr(pl_module, "reconstruct") and pl_module.levels is not None:
+            if isinstance(pl_module, LatentModule) and pl_module.levels is not None:
                 self._reconstructions(trainer, pl_module, x[: max(1, self.num // 2)])
             self._profile(trainer, pl_module, x)
 
     def _samples(self, trainer: Trainer, module: LightningModule, name: str, step: int) -> None:
         mean = module.levels is not None
         caption = f"Samples{': means of p(x | z₁)' * mean} after {step} steps"
-        figure = draw_samples(module.sample(self.num, mean=mean), module.levels, caption)
+        figure = plot_samples(module.sample(self.num, mean=mean), module.levels, caption)
         self._save(trainer, figure, f"samples/{name}.png", "samples", caption)
 
     def _reconstructions(self, trainer: Trainer, module: LightningModule, x: Tensor) -> None:
         pairs = torch.stack([x, module.reconstruct(x)], 1).flatten(0, 1)
         caption = "Test images (odd columns), to the right of each the mean of p(x | z₁)"
-        figure = draw_grid(pairs, module.levels, caption, columns=2 * math.ceil(math.sqrt(len(pairs)) / 2))
+        figure = plot_grid(pairs, module.levels, caption, columns=2 * math.ceil(math.sqrt(len(pairs)) / 2))
         self._save(trainer, figure, "plots/reconstructions.png", "reconstructions", caption)
 
     def _profile(self, trainer: Trainer, module: LightningModule, x: Tensor) -> None:
-        kls = module.level_kls(x).mean(1).cpu()
+        kls = module.latent_kls(x).mean(1).cpu()
         self._table(trainer, kls)
-        unit = "nats" if module.levels is None else "bits/dim"
+        unit = module.unit
         values = kls if module.levels is None else nats_to_bits_per_dim(kls, module.num_dims)
         caption = f"KL of each latent z₁..z_{len(values)}, mean of {len(x)} test images, {unit}; sum {values.sum():.3f} {unit}"
-        self._save(trainer, draw_profile(values.numpy(), unit, caption), "plots/kl_per_level.png", "kl_per_level", caption)
+        self._save(trainer, plot_profile(values.numpy(), unit, caption), "plots/kl_per_level.png", "kl_per_level", caption)
 
     def _table(self, trainer: Trainer, kls: Tensor) -> None:
         """Writes the numbers behind the profile, for runs to be laid over each other: t and nats, as a file and in W&B."""
@@ -105,6 +107,14 @@ class Pictures(Callback):
                 logger.log_image(f"pictures/{key}", [str(target)], step=trainer.global_step, caption=[caption])
 
 
+@contextmanager
+def fixed_draws(device: torch.device) -> Iterator[None]:
+    """Draws the same numbers each time inside; outside everything goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
 def grid(images: Tensor, levels: int, columns: int) -> np.ndarray:
     """Lays images (N, C, H, W) uint8 out in rows of ``columns``: (height, width, 3 or none), values 0 to 1."""
     rows = math.ceil(len(images) / columns)
@@ -119,7 +129,7 @@ def grid(images: Tensor, levels: int, columns: int) -> np.ndarray:
     return canvas if channels == 3 else canvas.mean(2)
 
 
-def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = None) -> plt.Figure:
+def plot_grid(images: Tensor, levels: int, caption: str, columns: int | None = None) -> plt.Figure:
     """Returns a figure of images (N, C, H, W) uint8 in a grid, with its caption above."""
     canvas = grid(images, levels, columns or math.ceil(math.sqrt(len(images))))
     size = 5.0
@@ -130,12 +140,12 @@ def draw_grid(images: Tensor, levels: int, caption: str, columns: int | None = N
     return figure
 
 
-def draw_samples(samples: Tensor, levels: int | None, caption: str) -> plt.Figure:
+def plot_samples(samples: Tensor, levels: int | None, caption: str) -> plt.Figure:
     """Returns a figure of samples (N, C, H, W): a grid of images, or how often continuous values come up."""
     if levels is not None:
-        return draw_grid(samples, levels, caption)
+        return plot_grid(samples, levels, caption)
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    axis.hist(samples.flatten().cpu().numpy(), bins=40, density=True, color="#3b6fb6")
+    axis.hist(samples.flatten().cpu().numpy(), bins=40, density=True, color=BLUE)
     axis.set(xlabel="x (data units)", ylabel="density")
     axis.set_title(caption, fontsize=8, wrap=True)
     return figure
@@ -150,23 +160,23 @@ def label_decades(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw_profile(values: np.ndarray, unit: str, caption: str) -> plt.Figure:
+def plot_profile(values: np.ndarray, unit: str, caption: str) -> plt.Figure:
     """Returns a figure of the KL of each latent: bars for a few, a curve with its sum from the top for many."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     t = np.arange(1, len(values) + 1)
     if len(values) <= 12:
-        bars = axis.bar(t, values, color="#3b6fb6", width=0.6)
+        bars = axis.bar(t, values, color=BLUE, width=0.6)
         axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
         axis.margins(y=0.15)
         axis.set_xticks(t)
         axis.axhline(0, color="black", linewidth=0.8)
     else:
-        axis.plot(t, np.clip(values, 1e-9, None), color="#3b6fb6", label="KL of one step (left, log scale)")
+        axis.plot(t, np.clip(values, 1e-9, None), color=BLUE, label="KL of one step (left, log scale)")
         axis.set_yscale("log")
         label_decades(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(steps=(1, 2, 5, 10), integer=True))
         total = axis.twinx()
-        total.plot(t, values[::-1].cumsum()[::-1], color="#c2541b", label="sum of all steps from here up (right)")
+        total.plot(t, values[::-1].cumsum()[::-1], color=ORANGE, label="sum of all steps from here up (right)")
         total.set(ylabel=unit, ylim=(0, None))
         figure.legend(fontsize=8, ncols=2, loc="outside upper center")  # on a curve it would hide some of it
     axis.set(xlabel="t: the latent z_t (x_t in DDPM); the last is the prior term", ylabel=unit)

@@ -86,6 +86,14 @@ class ResumableLoader(DataLoader[Tensor]):
         """Needs nothing of what was saved."""
 
 
+class DamagedDataError(ValueError):
+    """Images cannot be read; the message is one sentence, also when a loader's worker passes it on."""
+
+    def __init__(self, message: str) -> None:
+        # DataLoader raises a worker's error again with the traceback in its message, of which the last line is ours
+        super().__init__(message.strip().splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
+
+
 class ImageDataModule(LightningDataModule, ABC):
     """Batches without labels: uint8 (b, C, H, W) with values 0..levels-1, or float32 if the data is continuous.
 

@@ -13,21 +13,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.hub import tqdm
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
+from tqdm import tqdm
 
-from datamodules.base import ImageDataModule, Images, shuffled
+from datamodules.base import DamagedDataError, ImageDataModule, Images, shuffled
 from datamodules.files import MissingDataError
 from datamodules.sampling import at_least
 
 
-class UnreadablePictureError(ValueError):
-    """A picture cannot be decoded; the message is one sentence, also when a loader's worker passes it on."""
-
-    def __init__(self, message: str) -> None:
-        # DataLoader raises a worker's error again with the traceback in its message, of which the last line is ours
-        super().__init__(message.strip().splitlines()[-1].split("UnreadablePictureError: ")[-1])
+class UnreadablePictureError(DamagedDataError):
+    """A picture cannot be decoded."""
 
 
 def eight_bits(picture: Image.Image, path: Path, kind: str | None) -> Image.Image:

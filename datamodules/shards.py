@@ -21,18 +21,15 @@ import torch
 from torch import Tensor
 
 from datamodules.arrays import read_header
+from datamodules.base import DamagedDataError
 
 MANIFEST, FORMAT = "manifest.json", 1  # the format is raised when what a set holds changes its meaning
 OPEN_FILES = 256  # at once, in each process; systems commonly allow 1024
 MEND = "copy it again, or make the set again with prepare.py"
 
 
-class DamagedShardsError(ValueError):
-    """A set of shards is not what its manifest says; the message is one sentence, also when a loader's worker passes it on."""
-
-    def __init__(self, message: str) -> None:
-        # DataLoader raises a worker's error again with the traceback in its message, of which the last line is ours
-        super().__init__(message.strip().splitlines()[-1].split("DamagedShardsError: ")[-1])
+class DamagedShardsError(DamagedDataError):
+    """A set of shards is not what its manifest says."""
 
 
 class Shard(NamedTuple):

@@ -66,8 +66,7 @@ class Parameterization(ABC):
 
     def likelihood_params(self, output: Tensor, x_1: Tensor, process: GaussianDiffusion, clip: bool) -> Tensor:
         """Returns the parameters of :meth:`likelihood`, from the network's output at t = 1: (B, P·C, H, W)."""
-        first = torch.ones(x_1.shape[0], dtype=torch.int64, device=x_1.device)
-        reverse = process.reverse(output, x_1, first, self, clip)
+        reverse = process.reverse(output, x_1, 1, self, clip)
         return torch.cat([reverse.mean, reverse.log_std.expand_as(reverse.mean)], 1)
 
 
@@ -136,8 +135,7 @@ class Lattice(Parameterization):
 
     def likelihood_params(self, output: Tensor, x_1: Tensor, process: GaussianDiffusion, clip: bool) -> Tensor:
         """Returns the logits of P at t = 1: (B, L·C, H, W)."""
-        first = torch.ones(x_1.shape[0], dtype=torch.int64, device=x_1.device)
-        return self._logits(output, x_1, first, process).flatten(1, 2)
+        return self._logits(output, x_1, 1, process).flatten(1, 2)
 
     def _positions(self, like: Tensor) -> Tensor:
         return to_unit(torch.arange(self.levels, device=like.device), self.levels, like.dtype)

@@ -80,8 +80,8 @@ class GaussianDiffusion(nn.Module):
             return coefficient[t].to(like.dtype)
         return per_example(coefficient.index_select(0, t), like)  # half the time of coefficient[t]
 
-    def marginal(self, x0: Tensor, t: Tensor) -> DiagGaussian:
-        """Returns q(x_t | x_0): x0 (B, *), t (B,) in 0..T."""
+    def marginal(self, x0: Tensor, t: Tensor | int) -> DiagGaussian:
+        """Returns q(x_t | x_0): x0 (B, *), t (B,) in 0..T, or one for all."""
         return DiagGaussian(self.at(self.sqrt_alpha_bar, t, x0) * x0, self.at(self.log_noise_std, t, x0))
 
     def step(self, x_prev: Tensor, t: Tensor) -> DiagGaussian:
@@ -131,8 +131,7 @@ class GaussianDiffusion(nn.Module):
 
     def prior_kl(self, x0: Tensor) -> Tensor:
         """Returns KL(q(x_T | x_0) ‖ N(0, I)) in nats: (B,)."""
-        last = torch.full((x0.shape[0],), self.num_steps, device=x0.device)
-        return kl(self.marginal(x0, last), DiagGaussian.standard(x0))
+        return kl(self.marginal(x0, self.num_steps), DiagGaussian.standard(x0))
 
 
 def _coefficients(betas: Tensor, variance: Tensor) -> dict[str, Tensor]:

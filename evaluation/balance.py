@@ -24,8 +24,8 @@ ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2
 
 
 @dataclass(frozen=True, eq=False)
-class LevelBalance:
-    """One level z_t, over N images with R draws each.
+class LatentBalance:
+    """One latent z_t, over N images with R draws each.
 
     Attributes:
         kl: what the bound pays for each unit, (d,), nats: in closed form where the model has it so.
@@ -45,10 +45,10 @@ class LevelBalance:
         return int((self.mean_variance > ACTIVE).sum())
 
 
-def measure_levels(
+def measure_latents(
     model: LatentModule, rows: Rows, fabric: Fabric, batch_size: int
-) -> tuple[list[LevelBalance], dict[str, float]]:
-    """Measures every level of a VAE or MHVAE, and the aggregate posterior of a VAE.
+) -> tuple[list[LatentBalance], dict[str, float]]:
+    """Measures every latent of a VAE or MHVAE, and the aggregate posterior of a VAE.
 
     Args:
         model: whose latents are measured.
@@ -57,44 +57,46 @@ def measure_levels(
         batch_size: rows at once.
 
     Returns:
-        (levels from z_1 up, {mutual_information, marginal_kl} in nats; empty for more than one level).
+        (latents from z_1 up, {mutual_information, marginal_kl} in nats; empty for more than one latent).
     """
 
     def numbers_of(x: Tensor) -> Tensor:
         parts = []
-        for level in model.levels_of(x):
-            log_std = level.q.log_std.expand_as(level.q.mean)
-            parts.append(torch.stack([level.kl_of_units(), level.q.mean, log_std, level.z], 1).flatten(2))
+        for latent in model.latents_of(x):
+            log_std, log_p = latent.q.log_std.expand_as(latent.q.mean), latent.p.log_prob_per_dim(latent.z)
+            parts.append(torch.stack([latent.kl_of_units(), latent.q.mean, log_std, latent.z, log_p], 1).flatten(2))
         return torch.stack(parts, 1)
 
     batches = [values for _, values in over_batches(rows, numbers_of, fabric, batch_size, lambda _: None, share=False)]
-    values = torch.cat(batches).unflatten(0, (len(rows.order), rows.replicates))  # (N, R, levels, 4, d)
-    kl, mean, log_std, z = values.permute(3, 2, 0, 1, 4)
-    replicates = rows.replicates
-    levels = []
-    for level in range(len(kl)):
-        within = mean[level].var(1).mean(0) / replicates if replicates > 1 else 0.0
+    values = torch.cat(batches).unflatten(0, (len(rows.order), rows.replicates))  # (N, R, T, 5, d)
+    kl, mean, log_std, z, log_p = values.permute(3, 2, 0, 1, 4)
+    latents = []
+    for t in range(len(kl)):
+        within = mean[t].var(1).mean(0) / rows.replicates
         # the means of a few draws vary more over images than E[z_t|x] does: by the draws' own variance
-        spread = (mean[level].mean(1).var(0) - within).clamp(min=0)
-        flat = z[level].flatten(0, 1)
-        levels.append(LevelBalance(kl[level].mean((0, 1)), spread, flat.mean(0), flat.var(0)))
+        spread = (mean[t].mean(1).var(0) - within).clamp(min=0)
+        flat = z[t].flatten(0, 1)
+        latents.append(LatentBalance(kl[t].mean((0, 1)), spread, flat.mean(0), flat.var(0)))
     aggregate = {}
-    if len(levels) == 1:
+    if len(latents) == 1:
         q = DiagGaussian(mean[0, :, 0], log_std[0, :, 0])
-        aggregate = _surgery(q, z[0, :, 0], kl[0, :, 0].sum(1))
-    return levels, aggregate
+        aggregate = _surgery(q, z[0, :, 0], log_p[0, :, 0].sum(1), kl[0, :, 0].sum(1))
+    return latents, aggregate
 
 
-def _surgery(q: DiagGaussian, z: Tensor, kl: Tensor) -> dict[str, float]:
-    """I_q(x; z) and KL(q(z) ‖ p(z)), which sum to the mean KL, from one draw of each q(z|x_i): q and z (N, d), kl (N,)."""
+def _surgery(q: DiagGaussian, z: Tensor, log_p: Tensor, kl: Tensor) -> dict[str, float]:
+    """I_q(x; z) and KL(q(z) ‖ p(z)), which sum to the mean KL, from one draw of each q(z|x_i).
+
+    Args:
+        q: (N, d).
+        z: the draws, (N, d).
+        log_p: ln p(z) of each, (N,).
+        kl: KL(q(z|x_i) ‖ p(z)), (N,).
+    """
     own = q.log_prob(z)
-    log_marginal = []
-    for index in range(len(z)):
-        log_densities = DiagGaussian(q.mean, q.log_std).log_prob(z[index : index + 1].expand_as(q.mean))
-        log_marginal.append(log_densities.logsumexp(0) - math.log(len(z)))
-    marginal = torch.stack(log_marginal)
+    marginal = torch.stack([q.log_prob(one.expand_as(q.mean)).logsumexp(0) for one in z]) - math.log(len(z))
     # the draws' part of ln q(z|x) - ln p(z), of mean 0: the two share it as they vary with it
-    noise = own - DiagGaussian.standard(z).log_prob(z) - kl
+    noise = own - log_p - kl
     told = own - marginal
     share = ((told - told.mean()) * noise).sum() / noise.square().sum().clamp(min=torch.finfo(noise.dtype).tiny)
     information = (told - share * noise).mean().item()

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from evaluation.balance import LevelBalance, measure_levels
+from evaluation.balance import LatentBalance, measure_latents
 from evaluation.estimate import Bound
 from evaluation.flow import ProbabilityFlow
 from evaluation.importance_weighted import importance_weighted
-from evaluation.pictures import draw_images, draw_rate_distortion, draw_steps, draw_units
+from evaluation.pictures import plot_images, plot_rate_distortion, plot_steps, plot_units
 from evaluation.setting import Setting
 from evaluation.statistics import Figure, figure
 from lightning_modules import LatentModule, LikelihoodModule
@@ -26,26 +26,25 @@ def extras(setting: Setting, bound: Bound, records: dict[str, Any]) -> dict[str,
         records["iwae"] = iwae_record(setting, bound)
     if cfg.probability_flow:
         records["probability_flow"] = flow_record(setting)
-    levels: list[LevelBalance] = []
+    latents: list[LatentBalance] = []
     if cfg.balance and isinstance(model, LatentModule):
-        levels, aggregate = measure_levels(model, setting.rows(BALANCE_DRAWS, "balance"), setting.fabric, cfg.batch_size)
-        records["balance"] = {"levels": [level_record(level) for level in levels], **aggregate}
-    return draw(setting, bound, levels) if cfg.pictures and setting.fabric.is_global_zero else {}
+        latents, aggregate = measure_latents(model, setting.rows(BALANCE_DRAWS, "balance"), setting.fabric, cfg.batch_size)
+        records["balance"] = {"levels": [latent_record(latent) for latent in latents], **aggregate}
+    return plots(setting, bound, latents) if cfg.pictures and setting.fabric.is_global_zero else {}
 
 
-def draw(setting: Setting, bound: Bound, levels: list[LevelBalance]) -> dict[str, Any]:
-    """Draws every picture that this model and data have: {name: figure}."""
+def plots(setting: Setting, bound: Bound, latents: list[LatentBalance]) -> dict[str, Any]:
+    """Makes every picture that this model and data have: {name: figure}."""
     model, pictures = setting.model, {}
-    unit = "nats" if model.levels is None else "bits/dim"
     if bound.moments is not None:
-        pictures["kl_per_step"] = draw_steps(bound.moments, model.num_dims, unit)
+        pictures["kl_per_step"] = plot_steps(bound.moments, model.num_dims, model.unit)
         if model.levels is not None:
-            pictures["rate_distortion"] = draw_rate_distortion(bound.moments, model.num_dims, model.levels)
-    if levels:
-        pictures["kl_per_unit"] = draw_units(levels)
+            pictures["rate_distortion"] = plot_rate_distortion(bound.moments, model.num_dims, model.levels)
+    if latents:
+        pictures["kl_per_unit"] = plot_units(latents)
     if model.levels is not None:
         bits = nats_to_bits_per_dim(-bound.values.mean(1), model.num_dims)
-        pictures["bits_per_image"] = draw_images(bits, setting.images, bound.order, model.levels, setting.cfg.split)
+        pictures["bits_per_image"] = plot_images(bits, setting.images, bound.order, model.levels, setting.cfg.split)
     return pictures
 
 
@@ -69,7 +68,7 @@ def iwae_record(setting: Setting, bound: Bound) -> dict[str, Any]:
     return {
         "samples": cfg.iwae_samples,
         **in_units(figure(weighted.bounds.unsqueeze(1), one), setting.model),
-        "gap_to_elbo": in_units(gap, setting.model)["nats"],
+        "gap_to_elbo": gap.as_dict(),
         "effective_samples": weighted.effective.mean().item(),
     }
 
@@ -90,16 +89,16 @@ def flow_record(setting: Setting) -> dict[str, Any]:
     }
 
 
-def level_record(level: LevelBalance) -> dict[str, Any]:
-    """Returns one level's balance as plain values, nats."""
+def latent_record(latent: LatentBalance) -> dict[str, Any]:
+    """Returns one latent's balance as plain values, nats."""
     return {
-        "kl": level.kl.sum().item(),
-        "active_units": level.active,
-        "units": len(level.kl),
-        "kl_per_unit": level.kl.tolist(),
-        "mean_variance_per_unit": level.mean_variance.tolist(),
-        "aggregate_mean_per_unit": level.aggregate_mean.tolist(),
-        "aggregate_variance_per_unit": level.aggregate_variance.tolist(),
+        "kl": latent.kl.sum().item(),
+        "active_units": latent.active,
+        "units": len(latent.kl),
+        "kl_per_unit": latent.kl.tolist(),
+        "mean_variance_per_unit": latent.mean_variance.tolist(),
+        "aggregate_mean_per_unit": latent.aggregate_mean.tolist(),
+        "aggregate_variance_per_unit": latent.aggregate_variance.tolist(),
     }
 
 

@@ -5,24 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 from torch import Tensor
 
-from callbacks.pictures import grid, label_decades
+from callbacks.pictures import BLUE, ORANGE, grid, label_decades
 from datamodules.base import Images
-from evaluation.balance import ACTIVE, LevelBalance
+from evaluation.balance import ACTIVE, LatentBalance
 from evaluation.profile import StepMoments, rate_and_distortion
 from losses.elbo import nats_to_bits_per_dim
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-BLUE, ORANGE = "#3b6fb6", "#c2541b"
 SHOWN = 8  # images at each end of the histogram
 
 
-def draw_steps(moments: StepMoments, num_dims: int, unit: str) -> plt.Figure:
+def plot_steps(moments: StepMoments, num_dims: int, unit: str) -> plt.Figure:
     """Returns a figure of the KL of each step over log t, with the sum from t = T down."""
     scale = nats_to_bits_per_dim(1.0, num_dims) if unit == "bits/dim" else 1.0
     kls = moments.means.numpy() * scale
@@ -42,7 +38,7 @@ def draw_steps(moments: StepMoments, num_dims: int, unit: str) -> plt.Figure:
     return figure
 
 
-def draw_rate_distortion(moments: StepMoments, num_dims: int, levels: int) -> plt.Figure:
+def plot_rate_distortion(moments: StepMoments, num_dims: int, levels: int) -> plt.Figure:
     """Returns a figure of the distortion of x̂_0 at t against the rate sent by then (Ho et al. 2020, figure 5)."""
     rate, distortion = (part.numpy() for part in rate_and_distortion(moments, num_dims, levels))
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), layout="constrained")
@@ -63,28 +59,28 @@ def draw_rate_distortion(moments: StepMoments, num_dims: int, levels: int) -> pl
     return figure
 
 
-def draw_units(levels: Sequence[LevelBalance]) -> plt.Figure:
-    """Returns a figure of the KL of each latent unit, sorted, one panel a level; units that are not active are grey."""
-    columns = min(len(levels), 4)
-    rows = math.ceil(len(levels) / columns)
+def plot_units(latents: Sequence[LatentBalance]) -> plt.Figure:
+    """Returns a figure of the KL of each latent unit, sorted, one panel a latent; units that are not active are grey."""
+    columns = min(len(latents), 4)
+    rows = math.ceil(len(latents) / columns)
     size = (max(5.0, 3.6 * columns), 0.4 + 3.0 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for axis in axes.flat[len(levels) :]:
+    for axis in axes.flat[len(latents) :]:
         axis.set_axis_off()
-    for number, (axis, level) in enumerate(zip(axes.flat, levels, strict=False), start=1):
-        order = level.kl.argsort(descending=True)
-        colours = [BLUE if active else "0.75" for active in (level.mean_variance[order] > ACTIVE).tolist()]
-        axis.bar(np.arange(1, len(order) + 1), level.kl[order].numpy(), color=colours)
+    for number, (axis, latent) in enumerate(zip(axes.flat, latents, strict=False), start=1):
+        order = latent.kl.argsort(descending=True)
+        colours = [BLUE if active else "0.75" for active in (latent.mean_variance[order] > ACTIVE).tolist()]
+        axis.bar(np.arange(1, len(order) + 1), latent.kl[order].numpy(), color=colours)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel=f"unit of z_{number}, sorted")
-        axis.set_title(f"z_{number}: {level.active} of {len(order)} units active, {level.kl.sum():.2f} nats", fontsize=9)
+        axis.set_title(f"z_{number}: {latent.active} of {len(order)} units active, {latent.kl.sum():.2f} nats", fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel("KL (nats)")
     figure.suptitle("KL of each latent unit; grey: not active", fontsize=9)
     return figure
 
 
-def draw_images(bits: Tensor, images: Images, places: Tensor, levels: int, split: str) -> plt.Figure:
+def plot_images(bits: Tensor, images: Images, places: Tensor, levels: int, split: str) -> plt.Figure:
     """Returns a histogram of images' bits/dim, with the cheapest and the dearest images.
 
     Args:

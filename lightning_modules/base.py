@@ -109,6 +109,11 @@ class LikelihoodModule(LightningModule, ABC):
         return channels * height * width
 
     @property
+    def unit(self) -> str:
+        """What figures are reported in."""
+        return "nats" if self.levels is None else "bits/dim"
+
+    @property
     def likelihood_dtype(self) -> torch.dtype:
         """What images and latents are held in: float32, or float64 in a float64 model.
 
@@ -142,7 +147,7 @@ class LikelihoodModule(LightningModule, ABC):
         """Draws from the model: uint8 (num, C, H, W). With ``mean``, the last step shows p(x | z_1)'s mean, not a draw."""
 
     @abstractmethod
-    def level_kls(self, x: Tensor) -> Tensor:
+    def latent_kls(self, x: Tensor) -> Tensor:
         """Returns the KL of each latent z_1..z_T, nats, (T, B): the last row is the prior term, the others sum to matching."""
 
     def evaluation_elbo(self, x: Tensor, stage: str) -> Elbo:
@@ -286,17 +291,13 @@ class LikelihoodModule(LightningModule, ABC):
     def _log_metric(self, stage: str, metric: ElboMetric) -> None:
         terms = {name: value.float() for name, value in metric.compute().items()}
         metric.reset()
-        keep = terms if stage == "test" else {name: terms[name] for name in (*TERMS, "elbo_se")}
-        self._log_terms(stage, keep)
-
-    def _log_terms(self, stage: str, nats: dict[str, Tensor]) -> None:
-        logged = {f"{stage}/{name}": value for name, value in nats.items()}
+        names = terms if stage == "test" else (*TERMS, "elbo_se")
+        logged = {f"{stage}/{name}": terms[name] for name in names}
         headline = f"{stage}/elbo"
         if self.levels is not None:  # bits/dim counts levels: a density has none
             headline = f"{stage}/bpd"
-            logged[headline] = nats_to_bits_per_dim(-nats["elbo"], self.num_dims)
-            if "elbo_se" in nats:
-                logged[f"{stage}/bpd_se"] = nats_to_bits_per_dim(nats["elbo_se"], self.num_dims)
+            logged[headline] = nats_to_bits_per_dim(-terms["elbo"], self.num_dims)
+            logged[f"{stage}/bpd_se"] = nats_to_bits_per_dim(terms["elbo_se"], self.num_dims)
         self.log(headline, logged.pop(headline), prog_bar=stage == "val")
         self.log_dict(logged)
 

@@ -227,8 +227,8 @@ class DDPMLightningModule(LikelihoodModule):
         params = self.parameterization.likelihood_params(output, x_t, self.process, self.clip)
         return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
 
-    def level_kls(self, x: Tensor) -> Tensor:
-        """See :meth:`LikelihoodModule.level_kls`: (T, B); row t - 1 codes x_t, by the step from x_{t+1}."""
+    def latent_kls(self, x: Tensor) -> Tensor:
+        """See :meth:`LikelihoodModule.latent_kls`: (T, B); row t - 1 codes x_t, by the step from x_{t+1}."""
         x0 = self.to_unit(x)
         return torch.cat([self._every_step_kl(x0), self.process.prior_kl(x0).unsqueeze(0)])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.base import LikelihoodModule
-from lightning_modules.posteriors import Level
+from lightning_modules.posteriors import Latent
 from losses import Elbo, Likelihood
 
 
@@ -51,25 +51,25 @@ class LatentModule(LikelihoodModule):
         self.likelihood, self.latent_dim, self.beta = likelihood, latent_dim, beta
 
     @abstractmethod
-    def levels_of(self, x: Tensor) -> list[Level]:
+    def latents_of(self, x: Tensor) -> list[Latent]:
         """Draws the latents of x (B, C, H, W), z_1 first."""
 
     @abstractmethod
-    def ancestors(self, z: Tensor) -> Tensor:
+    def descend(self, z: Tensor) -> Tensor:
         """Draws z_1 ~ p(z_1|z_T), given z_T (B, latent_dim)."""
 
     def elbo(self, x: Tensor) -> Elbo:
         """Returns the bound with one draw of the latents."""
-        levels = self.levels_of(x)
-        *matching, prior = (level.kl() for level in levels)
+        latents = self.latents_of(x)
+        *matching, prior = (latent.kl() for latent in latents)
         total = torch.stack(matching).sum(0) if matching else torch.zeros_like(prior)
-        return Elbo(self.likelihood.log_prob(self.decoder(levels[0].z), x), prior, total)
+        return Elbo(self.likelihood.log_prob(self.decoder(latents[0].z), x), prior, total)
 
     def log_weight(self, x: Tensor) -> Tensor:
         """See :meth:`LikelihoodModule.log_weight`."""
-        levels = self.levels_of(x)
-        log_ratio = torch.stack([level.log_ratio() for level in levels]).sum(0)
-        return self.likelihood.log_prob(self.decoder(levels[0].z), x) - log_ratio
+        latents = self.latents_of(x)
+        log_ratio = torch.stack([latent.log_ratio() for latent in latents]).sum(0)
+        return self.likelihood.log_prob(self.decoder(latents[0].z), x) - log_ratio
 
     def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
         """Returns -(reconstruction - β · (prior + matching)) per dimension, and the bound."""
@@ -79,13 +79,13 @@ class LatentModule(LikelihoodModule):
     def sample(self, num: int, mean: bool = False) -> Tensor:
         """See :meth:`LikelihoodModule.sample`."""
         z = torch.randn(num, self.latent_dim, device=self.device, dtype=self.likelihood_dtype)
-        params = self.decoder(self.ancestors(z))
+        params = self.decoder(self.descend(z))
         return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Returns the mean of p(x|z_1) for z_1 ~ q(z_1|x): uint8 (B, C, H, W)."""
-        return self.likelihood.mean(self.decoder(self.levels_of(x)[0].z))
+        return self.likelihood.mean(self.decoder(self.latents_of(x)[0].z))
 
-    def level_kls(self, x: Tensor) -> Tensor:
-        """See :meth:`LikelihoodModule.level_kls`: (T, B)."""
-        return torch.stack([level.kl() for level in self.levels_of(x)])
+    def latent_kls(self, x: Tensor) -> Tensor:
+        """See :meth:`LikelihoodModule.latent_kls`: (T, B)."""
+        return torch.stack([latent.kl() for latent in self.latents_of(x)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import build
 from lightning_modules.latents import LatentModule
-from lightning_modules.posteriors import Factory, Level, build_transitions
+from lightning_modules.posteriors import Factory, Latent, build_transitions
 from losses import Likelihood
 
 
@@ -66,11 +66,11 @@ class MHVAELightningModule(LatentModule):
             decoder, image_shape=self.image_shape, latent_dim=latent_dim, params_per_channel=likelihood.params_per_channel
         )
 
-    def levels_of(self, x: Tensor) -> list[Level]:
+    def latents_of(self, x: Tensor) -> list[Latent]:
         """Draws the chain of latents, z_1 first."""
         return self.posterior(self.to_unit(x), self.generative)
 
-    def ancestors(self, z: Tensor) -> Tensor:
+    def descend(self, z: Tensor) -> Tensor:
         """Draws z_{T-1}, ..., z_1 by the transitions of p."""
         for transition in reversed(self.generative):
             z = transition(z).sample()

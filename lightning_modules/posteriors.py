@@ -1,6 +1,6 @@
 r"""The two factorisations of q(z_{1:T} | x), each with the KLs that it makes the ELBO pay.
 
-Both walk the chain once and return its levels z_1, ..., z_T: the KL of z_T is the prior term, those of the others are the
+Both walk the chain once and return its latents z_1, ..., z_T: the KL of z_T is the prior term, those of the others are the
 matching terms. With T = 1 both are a VAE's posterior.
 """
 
@@ -31,7 +31,7 @@ def gaussian(q: object) -> DiagGaussian:
 
 
 @dataclass(frozen=True, eq=False)
-class Level:
+class Latent:
     """One latent of a drawn chain: z ~ q given what q is given, and p given what p is given. (B, latent_dim) each.
 
     Attributes:
@@ -46,7 +46,7 @@ class Level:
     closes: bool = True
 
     def kl(self) -> Tensor:
-        """Returns what the bound pays for this level: (B,), nats."""
+        """Returns what the bound pays for this latent: (B,), nats."""
         return kl(self.q, self.p) if self.closes else self.log_ratio()
 
     def kl_of_units(self) -> Tensor:
@@ -83,7 +83,7 @@ class MarkovPosterior(nn.Module):
         self.encoder = build(encoder, latent_dim=latent_dim)
         self.transitions = build_transitions(transitions, depth, latent_dim)
 
-    def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> list[Level]:
+    def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> list[Latent]:
         """Draws a chain: x (B, C, H, W) in [-1, 1], ``generative[t-2]``: z_t -> p(z_{t-1}|z_t)."""
         posteriors = [gaussian(self.encoder(x))]
         latents = [posteriors[0].sample()]
@@ -93,7 +93,7 @@ class MarkovPosterior(nn.Module):
         priors = [p(above) for above, p in zip(latents[1:], generative, strict=True)]
         priors.append(DiagGaussian.standard(latents[-1]))
         closes = [*(False for _ in self.transitions), True]
-        return [Level(*parts) for parts in zip(posteriors, priors, latents, closes, strict=True)]
+        return [Latent(*parts) for parts in zip(posteriors, priors, latents, closes, strict=True)]
 
 
 class TopDownPosterior(nn.Module):
@@ -116,19 +116,19 @@ class TopDownPosterior(nn.Module):
         self.depth = depth
         self.encoder = build(encoder, latent_dim=depth * latent_dim)
 
-    def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> list[Level]:
+    def forward(self, x: Tensor, generative: Sequence[nn.Module]) -> list[Latent]:
         """Draws a chain from the top: x (B, C, H, W) in [-1, 1], ``generative[t-2]``: z_t -> p(z_{t-1}|z_t)."""
         evidence = gaussian(self.encoder(x))
         log_stds = evidence.log_std.expand_as(evidence.mean).chunk(self.depth, 1)
         *lower, q = [
             DiagGaussian(mean, log_std) for mean, log_std in zip(evidence.mean.chunk(self.depth, 1), log_stds, strict=True)
         ]
-        levels = [Level(q, DiagGaussian.standard(q.mean), q.sample())]
+        latents = [Latent(q, DiagGaussian.standard(q.mean), q.sample())]
         for below, transition in zip(reversed(lower), reversed(generative), strict=True):
-            p = transition(levels[-1].z)
+            p = transition(latents[-1].z)
             q = product(below, p)
-            levels.append(Level(q, p, q.sample()))
-        return levels[::-1]
+            latents.append(Latent(q, p, q.sample()))
+        return latents[::-1]
 
 
 def product(a: DiagGaussian, b: DiagGaussian) -> DiagGaussian:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_modules.base import build
 from lightning_modules.latents import LatentModule
-from lightning_modules.posteriors import Level, gaussian
+from lightning_modules.posteriors import Latent, gaussian
 from losses import DiagGaussian, Likelihood
 
 
@@ -40,11 +40,11 @@ class VAELightningModule(LatentModule):
         self.encoder = build(encoder, **sizes)
         self.decoder = build(decoder, params_per_channel=likelihood.params_per_channel, **sizes)
 
-    def levels_of(self, x: Tensor) -> list[Level]:
-        """Draws z ~ q(z|x): the one level of the hierarchy."""
+    def latents_of(self, x: Tensor) -> list[Latent]:
+        """Draws z ~ q(z|x): the one latent of the hierarchy."""
         q = gaussian(self.encoder(self.to_unit(x)))
-        return [Level(q, DiagGaussian.standard(q.mean), q.sample())]
+        return [Latent(q, DiagGaussian.standard(q.mean), q.sample())]
 
-    def ancestors(self, z: Tensor) -> Tensor:
+    def descend(self, z: Tensor) -> Tensor:
         """Returns z, which is the first and the last latent."""
         return z

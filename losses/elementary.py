@@ -18,8 +18,8 @@ def log1mexp(d: Tensor) -> Tensor:
     return torch.log(-torch.expm1(d))
 
 
-def _hazard(z: Tensor) -> Tensor:
-    """φ(z)/Φ(z), both scaled by exp(z²/2), by which neither underflows."""
+def _inverse_mills_ratio(z: Tensor) -> Tensor:
+    """φ(z)/Φ(z), the derivative of ln Φ, both scaled by exp(z²/2), by which neither underflows."""
     return math.sqrt(2 / math.pi) / torch.special.erfcx(z * -math.sqrt(0.5))
 
 
@@ -39,11 +39,11 @@ class _LogNormalCdf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient * _hazard(*ctx.saved_tensors)
+        return gradient * _inverse_mills_ratio(*ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx, tangent: Tensor) -> Tensor:
-        return tangent * _hazard(*ctx.saved_tensors)
+        return tangent * _inverse_mills_ratio(*ctx.saved_tensors)
 
 
 def log_normal_cdf(z: Tensor) -> Tensor:

@@ -146,9 +146,9 @@ def higher_is_better(metric: str) -> bool:
     return metric.split("/")[-1] in ("elbo", "reconstruction")
 
 
-def first_free(taken: Callable[[int], bool], first: int = 1) -> int:
+def first_free(taken: Callable[[int], bool]) -> int:
     """Returns the first number that is not taken: what is on disk is kept under its own."""
-    return next(number for number in itertools.count(first) if not taken(number))
+    return next(number for number in itertools.count(1) if not taken(number))
 
 
 def withdraw_result(directory: Path) -> None:

@@ -147,7 +147,7 @@ def kind(hint: Any) -> str:
     """Returns in words what an annotation asks for."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType, Literal):
-        return " or ".join(dict.fromkeys(one for one in _alternatives(hint) if one != NODE)) or NODE
+        return " or ".join(dict.fromkeys(_alternatives(hint)))
     if hint in NAMES:
         return NAMES[hint]
     if _is_sequence(origin or hint):

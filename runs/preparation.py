@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import shlex
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch.hub import tqdm
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from datamodules import GlobalBatchSampler, ImageDataModule
 from datamodules.arrays import find_arrays
@@ -139,8 +139,8 @@ def check_space(source: Source, out: Path) -> None:
 
 def write_set(source: Source, out: Path, name: str, shard_bytes: int) -> Manifest:
     """Writes all files into a folder beside ``out``, the manifest last, and renames it; nothing is left if that fails."""
-    draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.unfinished-", dir=out.parent))
-    draft.chmod(0o777 & ~_umask())  # as mkdir would have it
+    draft = out.with_name(f"{out.name}.unfinished-{secrets.token_hex(4)}")
+    draft.mkdir()
     try:
         shards = {}
         with tqdm(
@@ -157,12 +157,6 @@ def write_set(source: Source, out: Path, name: str, shard_bytes: int) -> Manifes
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return manifest
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def counted(chunks: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:

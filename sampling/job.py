@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
-from callbacks.pictures import draw_samples
+from callbacks.pictures import plot_samples
 from diffusion.samplers import check_moves
 from evaluation.begin import build_fabric, check_groups, check_kinds, open_run, place, say
 from evaluation.progress import progress
@@ -171,7 +171,7 @@ def keep(saved: SavedRun, images: Tensor, model: LikelihoodModule, record: dict[
     kind = "means of p(x | z₁)" if record["mean"] else "draws of p(x | z₁)"
     some = f"{SHOWN} of {len(images)}" if len(images) > SHOWN else f"{len(images)}"
     took = f", {record['network_calls_per_image']} network calls each" if "network_calls_per_image" in record else ""
-    figure = draw_samples(images[:SHOWN], model.levels, f"{some} samples: {kind} after {record['step']} steps{took}")
+    figure = plot_samples(images[:SHOWN], model.levels, f"{some} samples: {kind} after {record['step']} steps{took}")
     figure.savefig(path.with_suffix(".png"), dpi=140)
     plt.close(figure)
     write_json(path.with_suffix(".json"), record)

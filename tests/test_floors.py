@@ -9,7 +9,7 @@ from tests.jobs import ROOT
 FLOORS = {
     "losses": 0, "diffusion": 1, "networks": 2, "datamodules": 2, "lightning_modules": 3,
     "callbacks": 4, "loggers": 4, "runs": 4, "evaluation": 4, "sampling": 4, "comparison": 4,
-    "train": 5, "evaluate": 5, "sample": 5, "compare": 5, "prepare": 5,
+    "train": 5, "evaluate": 5, "sample": 5, "compare": 5, "prepare": 5, "hydra_plugins": 5, "benchmarks": 6, "tests": 7,
 }  # fmt: skip
 # these put a job together out of what their own floor holds
 ACROSS = {

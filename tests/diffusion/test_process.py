@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 
 import diffusion
 from diffusion import X0, Epsilon, GaussianDiffusion, Lattice, large, small
-from losses import Categorical, DiagGaussian, DiscretizedGaussian, Gaussian, kl, to_unit
+from losses import Categorical, DiagGaussian, DiscretizedGaussian, Gaussian, to_unit
 from tests.diffusion.test_schedules import NAMES, betas_of
 
 
@@ -26,7 +26,6 @@ def test_step_kl_is_the_kl_and_the_weighted_errors(name, num_steps):
     x0, t, noise, x_t = draw(process)
     prediction = noise + 0.3 * torch.randn_like(noise)
     value = process.step_kl(x0, x_t, t, prediction)
-    torch.testing.assert_close(value, kl(process.posterior(x0, x_t, t), process.reverse(prediction, x_t, t)))
     q, p = process.posterior(x0, x_t, t), process.reverse(prediction, x_t, t)
     oracle = kl_divergence(Normal(q.mean, q.log_std.exp()), Normal(p.mean, p.log_std.exp())).flatten(1).sum(1)
     torch.testing.assert_close(value, oracle, rtol=1e-6, atol=1e-9)

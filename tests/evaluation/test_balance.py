@@ -1,13 +1,14 @@
 """Posteriors made by hand, whose KLs, active units and information about the image are known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import norm
 from torch import nn
 
-from evaluation.balance import ACTIVE, measure_levels
+from evaluation.balance import ACTIVE, measure_latents
 from lightning_modules import MarkovPosterior, MHVAELightningModule, TopDownPosterior, VAELightningModule
 from losses import DiagGaussian, Gaussian
 from tests.evaluation.models import cpu, rows_of
@@ -47,7 +48,7 @@ def vae(means, stds):
 
 
 def measured(model, x, replicates=8, seed=0, batch_size=1000):
-    return measure_levels(model, rows_of(x.double().view(-1, 1, 1, 1), replicates, seed, "balance"), cpu(), batch_size)
+    return measure_latents(model, rows_of(x.double().view(-1, 1, 1, 1), replicates, seed, "balance"), cpu(), batch_size)
 
 
 def kl(mean, std):
@@ -113,6 +114,23 @@ def test_an_aggregate_that_is_the_prior_leaves_information_only(std):
     assert level.kl.sum().item() == pytest.approx(-math.log(std), abs=4 / math.sqrt(num))
 
 
+def test_information_is_the_same_whatever_the_prior():
+    """Which decides what the aggregate posterior costs: KL(N(0, 1) ‖ N(m, s²)) where it is standard normal."""
+
+    class Elsewhere(VAELightningModule):
+        def latents_of(self, x):
+            (latent,) = super().latents_of(x)
+            p = DiagGaussian(torch.full_like(latent.z, 1.5), torch.full_like(latent.z, math.log(0.6)))
+            return [replace(latent, p=p)]
+
+    num, std = 3000, 0.5
+    x = torch.tensor(norm.ppf((torch.arange(num) + 0.5) / num)).double() * math.sqrt(1 - std**2)
+    model = Elsewhere(Encoder([lambda x: x], [std]), Decoder(), latent_dim=1, **COMMON).double()
+    _, aggregate = measured(model, x, replicates=2)
+    assert aggregate["mutual_information"] == pytest.approx(-math.log(std), abs=0.01)
+    assert aggregate["marginal_kl"] == pytest.approx(math.log(0.6) + (1 + 1.5**2) / (2 * 0.36) - 0.5, abs=0.01)
+
+
 def test_the_two_parts_sum_to_the_mean_kl_over_all_units():
     num = 1500
     x = torch.randn(num)
@@ -153,7 +171,7 @@ def test_a_hierarchys_kls_are_the_bounds():
     x = torch.randn(3000)
     levels, _ = measured(model, x)
     with torch.no_grad():
-        kls = torch.stack([model.level_kls(x.double().view(-1, 1, 1, 1)) for _ in range(8)]).mean(0)
+        kls = torch.stack([model.latent_kls(x.double().view(-1, 1, 1, 1)) for _ in range(8)]).mean(0)
     for level, expected in zip(levels, kls, strict=True):
         assert level.kl.sum().item() == pytest.approx(
             expected.mean().item(), abs=4 * 2 * expected.std().item() / math.sqrt(3000)

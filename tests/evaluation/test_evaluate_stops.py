@@ -146,7 +146,7 @@ def test_an_interrupted_evaluation_is_that_of_the_images_so_far(runs, tmp_path, 
     ("name", "owner", "function", "asked"),
     [
         ("vae", VAELightningModule, "log_weight", "iwae_samples=2"),
-        ("vae", evaluation.extras, "measure_levels", "balance=true"),
+        ("vae", evaluation.extras, "measure_latents", "balance=true"),
         ("ddpm", ProbabilityFlow, "log_likelihood", "probability_flow=1"),
     ],
 )

@@ -162,7 +162,7 @@ def test_the_proposal_follows_the_clamped_chain_that_validation_scores(parameter
         for _ in range(60):
             model.objective(x)
         model.step_profile.refresh(OneRank())
-        kls = model.level_kls(x.repeat(4, 1, 1, 1))[:-1]
+        kls = model.latent_kls(x.repeat(4, 1, 1, 1))[:-1]
     due = proposal_from(kls.square().mean(1).sqrt())
     torch.testing.assert_close(model.step_profile.proposal[2:], due[2:], rtol=0.2, atol=0.004)
 
@@ -198,7 +198,7 @@ def test_short_chains_train_and_sample(num_steps, parameterization, variance):
     assert samples.dtype == torch.uint8
     assert samples.shape == (5, 3, 4, 4)
     assert samples.max() <= 16
-    kls = model.level_kls(x)
+    kls = model.latent_kls(x)
     assert kls.shape == (num_steps, 8)
     assert (kls >= 0).all()
 

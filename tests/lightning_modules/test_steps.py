@@ -154,7 +154,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, tmp_path):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-PACKAGES = [name for name in FLOORS if (ROOT / name).is_dir()]
+PACKAGES = [name for name, floor in FLOORS.items() if floor < 5]
 
 
 @pytest.mark.parametrize("path", [p for name in PACKAGES for p in (ROOT / name).rglob("*.py")], ids=lambda path: path.name)

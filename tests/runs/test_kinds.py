@@ -31,7 +31,7 @@ from tests.jobs import configure
         (tuple[int, ...], [[1, 2, 3]], [[None], 3], "a list of integers"),
         (tuple[float, float], [[1, 0.5]], [[], [1], [1, 2, 3], ["a", 1], 0.5], "a list of 2 numbers"),
         (list, [[], ["a", 1]], [1, "a"], "a list"),
-        (float | torch.Tensor, [1, 0.5], ["a", [1, 2], True, None], "a number"),
+        (float | torch.Tensor, [1, 0.5], ["a", [1, 2], True, None], "a number or what is built by a _target_"),
         (torch.nn.Module, [], [1, "a", True, [1], None], "what is built by a _target_"),
         (Callable[..., int], [], ["a", 1], "what is built by a _target_"),
         (Path, ["a/b"], [], None),
