@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
 def main(cfg: DictConfig) -> None:
     """Writes one set."""
-    from runs.entry import loading
+    from runs.entry import INTERRUPTED, loading
 
     with loading():
         from runs.build import SettingError
@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted: nothing was kept", file=sys.stderr)
-        sys.exit(130)  # as a shell has it for Ctrl-C
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from callbacks.last_validation import LastValidation
 from callbacks.pictures import Pictures
 from callbacks.progress import LineProgress, progress_bar
 from callbacks.seeding import SeededBatches
-from callbacks.stopping import StopsBehindBatches, StopTogether
+from callbacks.stopping import StopsAfterBatch, StopTogether
 from callbacks.vitals import Vitals
 from callbacks.whole_steps import WholeSteps
 
@@ -20,7 +20,7 @@ __all__ = [
     "RunCheckpoint",
     "SeededBatches",
     "StopTogether",
-    "StopsBehindBatches",
+    "StopsAfterBatch",
     "Vitals",
     "WholeSteps",
     "all_finite",

@@ -95,7 +95,7 @@ class RunCheckpoint(ModelCheckpoint):
             monitor="val/elbo",
             mode="max",
             save_last=True,
-            save_on_train_epoch_end=False,  # but behind validations
+            save_on_train_epoch_end=False,  # but after validations
             enable_version_counter=False,
         )
         self.config, self.file_format = config, file_format
@@ -112,7 +112,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.kept_step = trainer.global_step
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Goes on behind an epoch that has ended, and from the weights that were trained, averaged now or not."""
+        """Goes on after an epoch that has ended, and from the weights that were trained, averaged now or not."""
         self.loaded_step = checkpoint["global_step"]
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -152,7 +152,7 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Ends a run whose loss is not finite; looks only where it is logged, when the device is waited for anyway.
 
-        Nothing is saved here, but where training ends amid an epoch and no validation follows: Lightning's hook is not called.
+        Nothing is saved here, but where training ends within an epoch and no validation follows: Lightning calls no hook.
         """
         step = trainer.global_step
         if step != self._looked_at and is_logged(trainer, step):
@@ -172,7 +172,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes last.ckpt behind every epoch where there are no validations; an epoch that was cut short has written it."""
+        """Writes last.ckpt after every epoch where there are no validations; an epoch that was cut short has written it."""
         if not self._validates:
             self._save_last(trainer)
 
@@ -203,7 +203,7 @@ class RunCheckpoint(ModelCheckpoint):
         _check_readable(checkpoint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes last.ckpt after Ctrl-C or SIGTERM; one amid a validation has it done again, from its first batch.
+        """Writes last.ckpt after Ctrl-C or SIGTERM; one during a validation has it done again, from its first batch.
 
         Not weights that are not finite, nor sharded ones, as gathering them would wait for ranks that the signal did not reach:
         then the one of the validation before stays.
@@ -243,7 +243,7 @@ def _check_readable(checkpoint: dict[str, Any]) -> None:
 
 
 def _is_validated_in_part(fit_loop: dict[str, Any]) -> bool:
-    """Whether the validation behind the last batch was cut off, and is to be done again."""
+    """Whether the validation after the last batch was cut off, and is to be done again."""
     batches, epochs = fit_loop["epoch_loop.val_loop.batch_progress"]["total"], fit_loop["epoch_progress"]["current"]
     cut = batches["started"] == batches["ready"] == batches["processed"] + 1
     return cut and epochs["processed"] < epochs["ready"]
@@ -253,7 +253,7 @@ def _end_epoch(fit_loop: dict[str, Any]) -> None:
     """Counts an epoch as over whose last batch has been trained on.
 
     Lightning writes it down as begun, and goes on with it wherever it then finds its batches, or their validation, not at their
-    end: in batches of another size, behind a limit on batches, and always where there are max_steps.
+    end: in batches of another size, after a limit on batches, and always where there are max_steps.
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     if batches["is_last_batch"]:

@@ -118,7 +118,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Writes the average as ``state_dict`` and the raw weights beside it, also amid a validation."""
+        """Writes the average as ``state_dict`` and the raw weights beside it, also during a validation."""
         if not self._average:
             return
         now, other = checkpoint["state_dict"], self._other_state(trainer, pl_module)

@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 
 class LastValidation(Callback):
-    """Has training end in a validation: also at max_steps, at max_time, and behind an epoch that none is due for.
+    """Has training end in a validation: also at max_steps, at max_time, and after an epoch that none is due for.
 
-    Else the steps behind the last one would be in no checkpoint, and a short training would have no figure and no best weights.
-    Not where a callback stops it at an epoch's end, when no batch is left to validate behind.
+    Else the steps after the last one would be in no checkpoint, and a short training would have no figure and no best weights.
+    Not where a callback stops it at an epoch's end, when no batch is left for a validation to follow.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -48,11 +48,11 @@ class LastValidation(Callback):
 
 
 def ends_here(trainer: Trainer) -> bool:
-    """Whether training ends behind this batch."""
+    """Whether training ends after this batch."""
     fit_loop = trainer.fit_loop
     loop = fit_loop.epoch_loop
     last_of_epoch = loop._num_ready_batches_reached()
-    epochs = fit_loop.epoch_progress.current.processed + last_of_epoch  # Lightning counts this one behind its validation
+    epochs = fit_loop.epoch_progress.current.processed + last_of_epoch  # Lightning counts this one after its validation
     if fit_loop.max_steps != -1 and loop.global_step >= fit_loop.max_steps:
         return True
     if last_of_epoch and fit_loop.max_epochs not in (None, -1) and epochs >= fit_loop.max_epochs:

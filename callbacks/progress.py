@@ -50,7 +50,7 @@ class LineProgress(ProgressBar):
 
 
 class LiveProgress(RichProgressBar):
-    """Rich's bar, moved once in a while, where Lightning's gathers figures behind every batch and is drawn as often as it can.
+    """Rich's bar, moved once in a while, where Lightning's gathers figures after every batch and is drawn as often as it can.
 
     Args:
         seconds: the shortest time between two moves in training; each takes some 3 ms of one core.

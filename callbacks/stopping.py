@@ -1,4 +1,4 @@
-"""How a job of several ranks ends before its time: all of them behind the same batch, with a checkpoint."""
+"""How a job of several ranks ends before its time: all of them after the same batch, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lightning_modules.sharding import sharded_parts
 PATIENCE = 10.0  # seconds: SLURM may send a signal to a task twice, by srun and by itself
 
 
-class StopsBehindBatches(Checkpoint):
-    """Ends training where Lightning ends it at SIGTERM: behind a batch, and behind the validation that is due there.
+class StopsAfterBatch(Checkpoint):
+    """Ends training where Lightning ends it at SIGTERM: after a batch, and after the validation that is due there.
 
     Nowhere else do all of Lightning's counts agree, by which a resumed run knows where it goes on. It is a ``Checkpoint``,
     because Lightning calls those after all other callbacks.
@@ -35,20 +35,20 @@ class StopsBehindBatches(Checkpoint):
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         self.stopped_by = number
-        trainer._signal_connector.received_sigterm = True  # looked at behind this batch
+        trainer._signal_connector.received_sigterm = True  # looked at after this batch
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets a validation that is due behind the last batch end: cut short, it would be done again."""
+        """Lets a validation that is due after the last batch end: cut short, it would be done again."""
         if self.stopped_by:
             trainer._signal_connector.received_sigterm = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops behind it."""
+        """Stops after it."""
         if self.stopped_by:
             trainer._signal_connector.received_sigterm = True
 
 
-class StopTogether(StopsBehindBatches):
+class StopTogether(StopsAfterBatch):
     """Notes SIGTERM and Ctrl-C, and lets the ranks agree to stop where the loss is logged and the device is waited for anyway.
 
     Lightning broadcasts from within the handler, where ranks that the signal found in different places wait for each other
@@ -89,7 +89,7 @@ class StopTogether(StopsBehindBatches):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LikelihoodModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends training behind this batch, if a rank was asked to."""
+        """Ends training after this batch, if a rank was asked to."""
         step = trainer.global_step
         if step == self._looked_at or not is_logged(trainer, step):
             return

@@ -1,4 +1,4 @@
-"""Ctrl-C stops behind a training step and not amid one, so that a resumed run ends where an uninterrupted one would."""
+"""Ctrl-C stops after a training step, not within one, so that a resumed run ends where an uninterrupted one would."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.stopping import StopsBehindBatches
+from callbacks.stopping import StopsAfterBatch
 
 
-class WholeSteps(StopsBehindBatches):
+class WholeSteps(StopsAfterBatch):
     """Holds the first Ctrl-C back until a step is complete, with its averages and figures; the second one is not held back.
 
     Between two steps, too. A validation is cut off, but for one that Ctrl-C came just before, which ends first.
@@ -50,7 +50,7 @@ class WholeSteps(StopsBehindBatches):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops behind this batch, if it ended in an optimiser step: gradients that are being accumulated are not saved.
+        """Stops after this batch, if it ended in an optimiser step: gradients that are being accumulated are not saved.
 
         At SIGTERM, too, which Lightning has noted.
         """
@@ -72,12 +72,12 @@ class WholeSteps(StopsBehindBatches):
         self._held = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops behind the validation."""
+        """Stops after the validation."""
         super().on_validation_end(trainer, pl_module)
         self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives Ctrl-C back, which came behind the last batch if it came and nothing has stopped."""
+        """Gives Ctrl-C back, which came after the last batch if it came and nothing has stopped."""
         self._give_back()
         if self._asked and not self.stopped_by:
             raise KeyboardInterrupt

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
+from losses.checks import is_whole
 from losses.draws import Rows, seeded
 
 
@@ -22,7 +23,7 @@ def at_least(setting: str, value: object, minimum: int) -> int:
     Raises:
         ValueError: otherwise, naming the setting.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if not is_whole(value, minimum):
         raise ValueError(f"{setting}={value}: give an integer of at least {minimum}")
     return value
 

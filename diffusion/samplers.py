@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion.process import GaussianDiffusion
+from losses.checks import is_whole
 from losses.draws import randn_like
 from losses.gaussian import full_precision
 
@@ -91,7 +92,7 @@ def ddim(process: GaussianDiffusion, num_steps: int = 50, eta: float = 0.0) -> l
     Raises:
         ValueError: for a setting out of range.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 2:
+    if not is_whole(num_steps, 2):
         raise ValueError(f"model.sampler.num_steps={num_steps!r} must be an integer of at least 2: one at t = T, one at t = 1")
     if not 0 <= eta <= 1:
         raise ValueError(f"model.sampler.eta={eta} must lie in [0, 1]: 0 adds no noise, 1 as much as the whole chain")

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.checks import is_whole
+
 BETA_MAX = 0.999  # Nichol & Dhariwal 2021, section 3.2: "to prevent singularities at the end"
 
 
@@ -22,7 +24,7 @@ def check_num_steps(num_steps: int) -> None:
     Raises:
         ValueError: if ``num_steps`` is not an integer ≥ 1.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+    if not is_whole(num_steps, 1):
         raise ValueError(
             f"num_steps (T) must be an integer of at least 1, got {num_steps!r}: T = 1 is a VAE with a fixed encoder"
         )

@@ -14,6 +14,7 @@ from rich.console import Console
 from datamodules.sampling import at_least
 from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
+from losses.checks import is_whole
 from runs.build import SettingError
 from runs.devices import check_processes, round_float32
 from runs.settings import MANY_RANKS
@@ -76,7 +77,7 @@ def build_fabric(cfg: DictConfig, adds_up: bool) -> Fabric:
         cfg: conf/fabric.
         adds_up: whether figures are added up, which takes float64.
     """
-    if isinstance(cfg.num_nodes, bool) or not isinstance(cfg.num_nodes, int) or cfg.num_nodes < 1:
+    if not is_whole(cfg.num_nodes, 1):
         raise SettingError(f"fabric.num_nodes={cfg.num_nodes}: give an integer of at least 1")
     if cfg.num_nodes > 1 and not any(name in os.environ for name in MANY_RANKS):
         raise SettingError(

@@ -18,6 +18,7 @@ from diffusion.step_profile import proposal_from, uniform_proposal
 from evaluation.profile import StepMoments
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from losses import Elbo
+from losses.checks import is_whole
 
 UNIFORM_SHARE = 0.03  # of the proposal: its profile is measured, not learned on the way, so it needs little insurance
 PILOT_CALLS = 9  # for each image, to learn how the noise of t = 1 compares with that of the steps above
@@ -92,7 +93,7 @@ class Full(Estimator):
 
 
 def _check_calls(name: str, calls: int | None) -> None:
-    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 2:
+    if not is_whole(calls, 2):
         raise ValueError(
             f"evaluation.calls={calls!r} with evaluation={name} must be an integer of at least 2: one for t = 1, the rest above"
         )

@@ -205,10 +205,10 @@ class LikelihoodModule(LightningModule, ABC):
                 group["lr"] = given["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
 
     def before_stop(self) -> None:
-        """Called on every rank when all have agreed to stop behind this batch: gives rank 0 what its checkpoint is to hold."""
+        """Called on every rank when all have agreed to stop after this batch: gives rank 0 what its checkpoint is to hold."""
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Sets Lightning's count of steps, which numbers the rows of validation: resumed amid an epoch it may be too high."""
+        """Sets Lightning's count of steps, which numbers the rows of validation: resumed within an epoch it may be too high."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     @signed
@@ -222,7 +222,7 @@ class LikelihoodModule(LightningModule, ABC):
     def _note_terms(self, loss: Tensor, elbo: Elbo) -> None:
         """Keeps this batch's means over all ranks, for callbacks and for the row that :meth:`on_train_batch_end` writes.
 
-        Not by ``self.log``: from then on Lightning would read what a progress bar shows from the device behind every batch.
+        Not by ``self.log``: from then on Lightning would read what a progress bar shows from the device after every batch.
         """
         means = torch.cat([loss.unsqueeze(0), stacked(elbo).mean(1).to(loss.dtype)])
         self._noted.append(self.trainer.strategy.reduce(means, reduce_op="mean"))

@@ -23,6 +23,7 @@ from diffusion.step_profile import StepProfile, draw_steps
 from diffusion.weightings import StepTerms
 from lightning_modules.base import LikelihoodModule, build
 from losses import DiagGaussian, Elbo, kl
+from losses.checks import is_whole
 from losses.draws import global_batch, randn_like, stratified
 
 # Several steps of one image share a network batch until it holds so many numbers, or rows. On a CPU, a U-Net takes up to twice
@@ -80,7 +81,7 @@ class DDPMLightningModule(LikelihoodModule):
     ) -> None:
         super().__init__(**settings)
         for stage, calls in (("val", val_calls), ("test", test_calls)):
-            if calls is not None and (isinstance(calls, bool) or not isinstance(calls, int) or calls < 2):
+            if calls is not None and not is_whole(calls, 2):
                 raise ValueError(
                     f"model.{stage}_calls={calls} must be an integer of at least 2 (one for t = 1, the rest above it), or null "
                     "for all steps"
@@ -119,7 +120,7 @@ class DDPMLightningModule(LikelihoodModule):
             ValueError: if ``calls`` leaves none for t > 1.
         """
         x0 = self.to_unit(x)
-        if calls is not None and not (isinstance(calls, int) and calls >= 2):
+        if calls is not None and not is_whole(calls, 2):
             raise ValueError(
                 f"calls={calls} must be an integer of at least 2 (one for t = 1, the rest above it), or None for all steps"
             )

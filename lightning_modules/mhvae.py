@@ -16,6 +16,7 @@ from lightning_modules.base import build
 from lightning_modules.latents import LatentModule
 from lightning_modules.posteriors import Factory, Latent, build_transitions
 from losses import Likelihood
+from losses.checks import is_whole
 
 
 class MHVAELightningModule(LatentModule):
@@ -47,7 +48,7 @@ class MHVAELightningModule(LatentModule):
         **settings: Any,
     ) -> None:
         super().__init__(likelihood, latent_dim, beta, **settings)
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        if not is_whole(depth, 1):
             raise ValueError(
                 f"model.depth={depth!r} must be an integer of at least 1: it is the number of latents (1 is a VAE)"
             )

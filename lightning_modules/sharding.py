@@ -1,6 +1,6 @@
 """A model's networks sharded over devices by FSDP2: each device keeps a part of every parameter, gradient and moment.
 
-A parameter is gathered when its block is about to run and let go behind it (Zhao et al. 2023, "PyTorch FSDP"). What a module
+A parameter is gathered when its block is about to run and let go after it (Zhao et al. 2023, "PyTorch FSDP"). What a module
 draws and what it returns stay what they are on one device.
 """
 

@@ -64,7 +64,7 @@ class MetricsCSV(Logger):
     def _stands(self, row: dict[str, str], new: dict[str, float]) -> bool:
         """Whether a row stays beside the first new one.
 
-        Training numbers its steps from 0, what is evaluated behind one may be numbered one higher. One test of a step is kept.
+        Training numbers its steps from 0, what is evaluated after one may be numbered one higher. One test of a step is kept.
         """
         if self.begin is None:
             return True

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses.checks import is_whole
 from losses.elementary import log1mexp, log_normal_cdf
 from losses.gaussian import HALF_LOG_2PI, DiagGaussian, full_precision, sum_except_batch
 
@@ -60,7 +61,7 @@ def check_levels(levels: int) -> None:
     Raises:
         ValueError: if ``levels`` is not an integer in 2..256.
     """
-    if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
+    if not is_whole(levels, 2) or levels > 256:
         raise ValueError(
             f"levels must be an integer from 2 to 256, got {levels!r}; continuous data has model/likelihood=gaussian"
         )
@@ -275,7 +276,7 @@ class DiscretizedLogisticMixture:
     component: DiscretizedLogistic = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.components, bool) or not isinstance(self.components, int) or self.components < 1:
+        if not is_whole(self.components, 1):
             raise ValueError(f"likelihood.components={self.components!r} must be an integer of at least 1")
         object.__setattr__(self, "params_per_channel", 3 * self.components)
         object.__setattr__(self, "component", DiscretizedLogistic(self.levels))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses import draws
+from losses.checks import is_whole
 from losses.gaussian import full_precision
 
 
@@ -45,7 +46,7 @@ def check_embedding(**dim: int) -> None:
         ValueError: naming the size.
     """
     ((name, size),) = dim.items()
-    if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+    if not is_whole(size, 2):
         raise ValueError(f"{name} must be an integer of at least 2, got {size!r}: the network could not tell steps apart")
 
 

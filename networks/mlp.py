@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from losses import DiagGaussian
+from losses.checks import is_whole
 from losses.gaussian import full_precision
 from networks.conv import LOG_STD_RANGE
 from networks.layers import Dropout, check_embedding, run_in_full_precision, soft_clamp, timestep_embedding
@@ -27,7 +28,7 @@ def check_sizes(**sizes: int) -> None:
         ValueError: naming the first size that is not an integer ≥ 1.
     """
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not is_whole(size, 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 

@@ -28,7 +28,7 @@ from callbacks import (
     BatchSizeFinder,
     LastValidation,
     RunCheckpoint,
-    StopsBehindBatches,
+    StopsAfterBatch,
     WholeSteps,
     diverged,
     run_checkpoint,
@@ -215,7 +215,7 @@ def fit(
         with one_sentence(trainer):
             trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # of Ctrl-C, too, that waited for the end of a step
-        stops = (callback for callback in trainer.callbacks if isinstance(callback, StopsBehindBatches))
+        stops = (callback for callback in trainer.callbacks if isinstance(callback, StopsAfterBatch))
         if not is_child_rank() and any(stop.stopped_by == signal.SIGINT for stop in stops):
             raise KeyboardInterrupt from None
         raise

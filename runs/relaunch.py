@@ -26,7 +26,7 @@ OF_THE_SWEEP = ("hydra.mode", "hydra/launcher", "hydra/sweeper", "hydra.launcher
 
 @contextlib.contextmanager
 def one_job(script: Path, directory: Path, extra: tuple[str, ...] = ()) -> Iterator[None]:
-    """Inside the block, ranks are launched as a single run of this job in ``directory``; behind it nothing of them is left.
+    """Inside the block, ranks are launched as a single run of this job in ``directory``; after it nothing of them is left.
 
     Args:
         script: the entry point.

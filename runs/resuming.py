@@ -30,7 +30,7 @@ def choose_checkpoint(
     """Returns the checkpoint to continue from, if any, its step and its images; refuses a directory that holds another run."""
     choices = HydraConfig.get().runtime.choices
     checkpoint, step, images = None, 0, None
-    if cfg.ckpt == "auto":  # a job that is killed amid its first validation leaves the best alone
+    if cfg.ckpt == "auto":  # a job that is killed during its first validation leaves the best alone
         checkpoint = next((directory / name for name in (LAST, BEST) if (directory / name).is_file()), None)
     elif cfg.ckpt is not None:
         suffix = f"-{choices.model}-{choices.data}"
@@ -165,7 +165,7 @@ def trained(checkpoint: dict[str, Any]) -> dict[str, int]:
     """Returns {max_epochs, max_steps}: as many as a checkpoint has behind it."""
     fit = checkpoint["loops"]["fit_loop"]
     epochs = fit["epoch_progress"]["current"]
-    # written in the validation behind an epoch, which then does not count as processed yet
+    # written in the validation after an epoch, which then does not count as processed yet
     ended = fit["epoch_loop.batch_progress"]["is_last_batch"] and epochs["ready"] > epochs["processed"]
     return {"max_epochs": epochs["processed"] + ended, "max_steps": checkpoint["global_step"]}
 
@@ -201,7 +201,7 @@ def something_left(done: dict[str, int], trainer: DictConfig, theirs: dict[str, 
 
 
 def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
-    """Refuses what deals batches otherwise where the epoch is to go on behind its n-th, which would then be another place.
+    """Refuses what deals batches otherwise where the epoch is to go on after its n-th, which would then be another place.
 
     Raises:
         SettingError: naming the setting and both values.
@@ -213,8 +213,8 @@ def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -
         there, here = (config["data"].get(name) for config in (checkpoint["config"], ours))
         if there != here:
             raise SettingError(
-                f"ckpt={path} stopped amid an epoch that is dealt by data.{name}={there}: go on with data.{name}={there}, not "
-                f"{here}, or from a checkpoint of the end of an epoch"
+                f"ckpt={path} stopped in the middle of an epoch that is dealt by data.{name}={there}: go on with "
+                f"data.{name}={there}, not {here}, or from a checkpoint of the end of an epoch"
             )
 
 

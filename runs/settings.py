@@ -16,6 +16,7 @@ from callbacks import BatchSizeFinder
 from datamodules import ImageDataModule
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
+from losses.checks import is_whole
 from runs.build import SettingError
 from runs.devices import check_processes
 from runs.directory import higher_is_better
@@ -90,7 +91,7 @@ def _given(cfg: DictConfig, name: str) -> Any:
 def _check_types(cfg: DictConfig) -> None:
     for name, (least, nullable) in INTEGERS.items():
         there, value = _given(cfg, name)
-        fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        fine = is_whole(value, least)
         if there and not fine and not (value is None and nullable):
             raise SettingError(f"{name}={value}: give an integer of at least {least}")
     for name, (least, itself, nullable) in NUMBERS.items():

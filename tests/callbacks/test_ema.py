@@ -43,7 +43,7 @@ class Saver(Callback):
 
 
 class AtTheEnd(Callback):
-    """Notes the weight when validation ends, as pictures are drawn then, and saves amid validation."""
+    """Notes the weight when validation ends, as pictures are drawn then, and saves during validation."""
 
     def __init__(self, path):
         self.path, self.seen = path, None

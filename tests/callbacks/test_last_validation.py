@@ -81,7 +81,7 @@ def test_without_validations_every_epoch_is_kept_and_a_killed_run_goes_on(tmp_pa
         (("trainer.max_epochs=2",), ("trainer.limit_train_batches=5",), 15),
     ],
 )
-def test_a_run_that_goes_on_behind_it_ends_as_one_that_was_longer_at_once(shorter, longer, steps, tmp_path):
+def test_a_run_that_goes_on_after_it_ends_as_one_that_was_longer_at_once(shorter, longer, steps, tmp_path):
     common = (*longer, *JOB[:2], "callbacks.pictures=null", "trainer.max_epochs=3")
     if "trainer.check_val_every_n_epoch=1" not in longer:
         common += JOB[3:]

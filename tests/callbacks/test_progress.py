@@ -31,7 +31,7 @@ def moves(seconds):
     return [current for current in bar.moves if current]
 
 
-def test_the_bar_is_moved_behind_every_batch_if_it_may():
+def test_the_bar_is_moved_after_every_batch_if_it_may():
     assert moves(0.0) == [*range(1, 41)] * 2
 
 

@@ -32,7 +32,7 @@ def started(devices=1):
 
 
 def step(trainer, callback, during=lambda: None):
-    """Whether training stops behind the step."""
+    """Whether training stops after the step."""
     during()
     callback.on_train_batch_end(trainer, None, None, None, 0)
     return trainer._signal_connector.received_sigterm
@@ -85,7 +85,7 @@ def test_a_validation_is_cut_off_but_for_one_it_came_just_before():
         assert trainer._signal_connector.received_sigterm
 
 
-def test_the_saving_behind_a_validation_is_not_cut():
+def test_the_saving_after_a_validation_is_not_cut():
     trainer, callback = started()
     callback.on_validation_start(trainer, None)
     callback.on_validation_epoch_end(trainer, None)

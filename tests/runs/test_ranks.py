@@ -144,8 +144,8 @@ def test_either_goes_on_on_one_device_and_what_one_device_began_goes_on_in_shard
         assert list(other.values()) == pytest.approx(list(figures[0].values()), rel=1e-4, abs=1e-4)
 
 
-def test_ctrl_c_stops_all_ranks_behind_one_batch_and_the_run_that_goes_on_is_the_same(data, tmp_path):
-    """Only the first rank hears it; amid an epoch, with a DDPM's next validation still to come."""
+def test_ctrl_c_stops_all_ranks_after_one_batch_and_the_run_that_goes_on_is_the_same(data, tmp_path):
+    """Only the first rank hears it; in the middle of an epoch, with a DDPM's next validation still to come."""
     lengths = ("trainer.max_epochs=12", "trainer.check_val_every_n_epoch=12")
     few = ("trainer.log_every_n_steps=2", "trainer.accumulate_grad_batches=1", "callbacks.pictures=null", *lengths)
     settings = (*DDPM, f"paths.data_dir={data}", *few)

@@ -72,7 +72,7 @@ def _heed_ctrl_c():
     ("stop", "batch", "goes_on_at"),
     [
         (ctrl_c, 3, 4),  # digits have 11 batches an epoch, and here a validation after 4 and 8 of them
-        (ctrl_c, 14, 15),  # behind a step that is logged
+        (ctrl_c, 14, 15),  # after a step that is logged
         (ctrl_c, 16, 17),
         (ctrl_c, 21, 22),
         (interrupted_at_once, 16, 16),
@@ -137,7 +137,7 @@ def interrupt(directory, settings, hook, places, monkeypatch):
 
 
 @pytest.mark.parametrize("places", [(10, 30), (21, 43, 54), (9, 10, 11)])
-def test_a_run_is_stopped_again_and_again_also_behind_the_last_batch_of_an_epoch(places, six_epochs, tmp_path, monkeypatch):
+def test_a_run_is_stopped_again_and_again_also_after_the_last_batch_of_an_epoch(places, six_epochs, tmp_path, monkeypatch):
     interrupt(tmp_path, SHORT, "on_train_batch_start", places, monkeypatch)
     assert last(tmp_path)["global_step"] == 66
     assert rows(tmp_path) == rows(six_epochs)
@@ -238,7 +238,7 @@ def test_what_is_begun_anew_where_nothing_was_saved_has_its_own_rows_alone(unint
     assert rows(tmp_path) == rows(uninterrupted)
 
 
-def test_what_deals_the_batches_otherwise_is_refused_amid_an_epoch_and_fewer_steps_are_too(tmp_path):
+def test_what_deals_the_batches_otherwise_is_refused_within_an_epoch_and_fewer_steps_are_too(tmp_path):
     run_here(tmp_path, *COMMON, "trainer.max_steps=15")
     with pytest.raises(SettingError, match=r"data\.batch_size=128, not 64"):
         run_here(tmp_path, *COMMON, "data.batch_size=64", "ckpt=last")
@@ -279,18 +279,18 @@ def test_an_epoch_that_ended_is_not_gone_on_with_in_other_batches(every, length,
     assert [int(row["step"]) for row in rows(tmp_path) if row["train/loss"]] == list(range(55))
 
 
-def test_another_batch_size_is_refused_behind_the_first_batch_too(tmp_path, monkeypatch):
+def test_another_batch_size_is_refused_after_the_first_batch_too(tmp_path, monkeypatch):
     usual, count = VAELightningModule.training_step, itertools.count()
     with monkeypatch.context() as patch:
         patch.setattr(VAELightningModule, "training_step", lambda *args: (next(count) == 11 and ctrl_c(), usual(*args))[1])
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             run_here(tmp_path, *COMMON)
     assert last(tmp_path)["global_step"] == 12
-    with pytest.raises(SettingError, match="amid an epoch"):
+    with pytest.raises(SettingError, match="in the middle of an epoch"):
         run_here(tmp_path, *COMMON, "data.batch_size=64", "ckpt=last")
 
 
-def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_amid_one_stay(tmp_path, monkeypatch):
+def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_within_one_stay(tmp_path, monkeypatch):
     accumulate = (
         *COMMON[:-1],
         "trainer.val_check_interval=6",
@@ -361,7 +361,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_loses_neither_it_nor_its_figure(na
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_amid_accumulated_gradients_waits_for_their_step(number, tmp_path, monkeypatch):
+def test_a_signal_within_accumulated_gradients_waits_for_their_step(number, tmp_path, monkeypatch):
     settings = (*SHORT, "trainer.accumulate_grad_batches=3", "trainer.max_epochs=4")
     run_here(tmp_path / "whole", *settings)
     usual, count = VAELightningModule.training_step, itertools.count()
