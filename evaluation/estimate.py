@@ -93,11 +93,12 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     rows = setting.rows(replicates, "bound")
     title = f"{cfg.split} set: {len(rows.order)} images x {replicates} replicates x {prepared.calls} network calls"
     with setting.progress(title, len(rows)) as done:
-        terms, interrupted = setting.gather(rows, lambda x: prepared.estimate(x).terms().T, 3, done, partial=True)
-    finished = ~terms.isnan().flatten(1).any(1) if interrupted else torch.ones(len(terms), dtype=torch.bool)
-    if finished.sum() < 2:
-        raise SettingError("interrupted before two images were finished: nothing to report")
-    terms, groups, order = terms[finished], rows.groups[finished], rows.order[finished]
+        terms, finished = setting.gather(rows, lambda x: prepared.estimate(x).terms().T, 3, done, partial=True)
+    groups, order = rows.groups, rows.order
+    if finished is not None:
+        if finished.sum() < 2:
+            raise SettingError("interrupted before two images were finished: nothing to report")
+        terms, groups, order = terms[finished], groups[finished], order[finished]
     values = terms @ torch.tensor([*SIGNS.values()], dtype=terms.dtype)
     figures = {name: figure(terms[..., i], groups) for i, name in enumerate(SIGNS)}
     figures["elbo"] = figure(values, groups)
@@ -108,4 +109,4 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
         )
     over = nats_to_bits_per_dim(figures["elbo"].se_noise, model.num_dims) / cfg.precision
     enough = math.ceil(replicates * over**2) if cfg.replicates is None and over > 1 else None
-    return Bound(figures, values, order, prepared, replicates, enough, moments, trial.calls, interrupted)
+    return Bound(figures, values, order, prepared, replicates, enough, moments, trial.calls, finished is not None)

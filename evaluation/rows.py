@@ -109,8 +109,8 @@ def gather(
     batch_size: int,
     done: Callable[[int], None] = lambda _: None,
     partial: bool = False,
-) -> tuple[Tensor, bool]:
-    """Returns (values (N, R, width) float64, whether Ctrl-C cut it short).
+) -> tuple[Tensor, Tensor | None]:
+    """Returns (values (N, R, width) float64, which images were finished where Ctrl-C cut it short: bool (N,), else none).
 
     Args:
         rows: what is evaluated.
@@ -130,8 +130,8 @@ def gather(
     except KeyboardInterrupt:
         if not partial:
             raise
-        return values.view(len(rows.order), rows.replicates, width), True
+        return values.view(len(rows.order), rows.replicates, width), computed.view(len(rows.order), -1).all(1)
     if fabric.world_size > 1:
         # every row was computed on one rank
         values = fabric.all_reduce(torch.where(computed[:, None], values, 0.0), reduce_op="sum").cpu()
-    return values.view(len(rows.order), rows.replicates, width), False
+    return values.view(len(rows.order), rows.replicates, width), None

@@ -73,7 +73,7 @@ class Setting:
         width: int,
         done: Callable[[int], None] = lambda _: None,
         partial: bool = False,
-    ) -> tuple[Tensor, bool]:
+    ) -> tuple[Tensor, Tensor | None]:
         """See :func:`evaluation.rows.gather`."""
         return gather(rows, function, width, self.fabric, self.cfg.batch_size, done, partial)
 

@@ -62,3 +62,16 @@ def test_a_rank_that_hangs_is_ended_by_a_later_one(monkeypatch):
         terminate()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("array", "job"), [({}, "12"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "5"}, "7_5")])
+def test_a_task_of_an_array_is_requeued_by_its_own_name(array, job, monkeypatch):
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_JOB_ID": "12", **array}.items():
+        monkeypatch.setenv(name, value)
+    asked, callback = [], StopTogether(requeue=True)
+    monkeypatch.setattr(stopping.subprocess, "run", lambda command, check: asked.append(command))
+    callback.stopped_by = signal.SIGUSR1
+    callback.on_exception(SimpleNamespace(callbacks=[], is_global_zero=True, global_step=3), torch.nn.Linear(1, 1), None)
+    assert asked == [["scontrol", "requeue", job]]

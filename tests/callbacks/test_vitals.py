@@ -1,8 +1,12 @@
 """What a run has seen and cost, over accumulation and sessions; tests/runs/test_job.py has several ranks."""
 
 import csv
+from types import SimpleNamespace
 
-from callbacks import Vitals
+import pytest
+import torch
+
+from callbacks import Vitals, vitals
 from tests.jobs import result, run_here
 
 JOB = ("model=vae", "logger=csv", "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=2")
@@ -41,3 +45,19 @@ def test_long_runs_are_counted_to_the_last_image(tmp_path, monkeypatch):
     monkeypatch.setattr(Vitals, "__init__", init)
     run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "data.batch_size=127")
     assert rows(tmp_path, "val/bpd") == [(10, 2**24 + 1 + 11 * 127)]
+
+
+def test_throughput_is_of_all_devices_since_the_last_row_and_without_validation(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(vitals.time, "monotonic", lambda: now[0])
+    callback, module = Vitals(), SimpleNamespace(train_row={}, device=torch.device("cpu"))
+    trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=3)
+    callback.on_train_start(trainer, module)
+    for step in range(1, 5):
+        now[0] += 0.5
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, module, None, torch.zeros(10), step)
+        if step == 2:
+            now[0] += 100
+            callback.on_validation_end(trainer, module)
+    assert module.train_row == {"train/images_per_second": pytest.approx(60), "images_seen": 120}

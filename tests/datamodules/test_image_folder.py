@@ -214,3 +214,10 @@ def test_bad_settings(tmp_path, bad, message):
         ImageFolderDataModule(root=str(tmp_path), **{**SETTINGS, **bad})
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_pictures_are_resized_smoothly(tmp_path):
+    stripes = np.zeros((64, 64), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    assert (Pictures([tmp_path / "a.png"], 8, 1).decode(tmp_path / "a.png").float() - 127.5).abs().max() < 16

@@ -117,3 +117,33 @@ def test_continuous_data_has_the_first_denoiser_alone():
     assert (costs[:, 1] == 0).all()
     assert control.first_cost(x, x).eq(0).all()
     assert control.totals(x)[1].unique().numel() == 1
+
+
+def test_no_level_is_impossible():
+    found = level_frequencies(torch.zeros(2, 1, 3, 3, dtype=torch.uint8), 5)
+    assert found.tolist() == pytest.approx([18.5 / 20.5] + 4 * [0.5 / 20.5])
+
+
+@pytest.mark.parametrize("noise", [2e-3, 4e-3])
+@pytest.mark.parametrize("level", [0, 1, 100, 255])
+def test_nodes_of_each_level_against_adaptive_quadrature(noise, level):
+    """Where the noise is so small that each level has nodes of its own."""
+    process = GaussianDiffusion(torch.tensor([noise**2, 0.5], dtype=torch.float64))
+    frequencies = torch.rand(256, dtype=torch.float64) + 0.05
+    frequencies /= frequencies.sum()
+    surprise, error = Control(process, frequencies, only(process, 1, 1))._pixel(1)
+    place = to_unit(torch.arange(256), 256, torch.float64)
+    signal, std = process.sqrt_alpha_bar[1].item(), process.noise_std[1].item()
+
+    def log_p(e):
+        return (frequencies.log() - 0.5 * ((signal * (place[level] - place) + std * e) / std) ** 2).log_softmax(0)
+
+    def mean(cost):
+        def weighed(e):
+            return cost(log_p(e)) * math.exp(-e * e / 2) / math.sqrt(2 * math.pi)
+
+        return quad(weighed, -8.5, 8.5, limit=400, epsabs=1e-11)[0]
+
+    assert surprise[level].item() == pytest.approx(mean(lambda p: -p[level].item()), rel=1e-8, abs=1e-10)
+    expected = mean(lambda p: (place[level] - (p.exp() * place).sum()).item() ** 2)
+    assert error[level].item() == pytest.approx(expected, rel=1e-8, abs=1e-12)

@@ -193,3 +193,12 @@ def test_first_step_likelihood_is_the_reverse_step():
     params = Epsilon().likelihood_params(output, x_1, process, clip=False)
     x = torch.randn(3, 1, 2, 2)
     torch.testing.assert_close(Gaussian().log_prob(params, x), DiagGaussian(reverse.mean, reverse.log_std).log_prob(x))
+
+
+@pytest.mark.parametrize("parameterization", [X0(), Epsilon()])
+def test_a_narrow_output_is_widened_before_it_meets_a_coefficient(parameterization):
+    process, t = GaussianDiffusion(diffusion.cosine(20)), torch.tensor([2, 9, 20])
+    x_t, output = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4).bfloat16()
+    assert parameterization.epsilon(output, x_t, t, process).dtype == torch.float32
+    narrow, wide = (process.reverse(given, x_t, t, parameterization).mean for given in (output, output.float()))
+    torch.testing.assert_close(narrow, wide, rtol=0, atol=0)

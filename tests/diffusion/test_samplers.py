@@ -112,3 +112,7 @@ def test_ddim_loses_no_digits_where_there_is_hardly_any_noise():
     process = GaussianDiffusion(log_snr_linear(50, log_snr_max=38.0))
     for there, here in zip(ancestral(process), ddim(process, 50, eta=1.0), strict=True):
         assert (here.x0, here.xt, here.std) == pytest.approx((there.x0, there.xt, there.std), rel=1e-6)
+
+
+def test_ddim_takes_the_steps_nearest_to_an_even_spread():
+    assert [move.t for move in ddim(GaussianDiffusion(linear(1000)), 6)] == [1000, 800, 600, 401, 201]

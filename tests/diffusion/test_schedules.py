@@ -104,3 +104,8 @@ def test_impossible_settings_are_refused_in_one_sentence(name, settings):
     with pytest.raises(ValueError, match=f"schedule={name}") as error:
         getattr(diffusion, name)(100, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_the_default_ends_of_log_snr():
+    snr = diffusion.GaussianDiffusion(diffusion.log_snr_linear(5)).snr
+    assert snr[[1, -1]].log().tolist() == pytest.approx([6.5, -9.0])

@@ -1,19 +1,16 @@
+import copy
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffusion import low_discrepancy, uniform
-from diffusion.step_profile import StepProfile, draw_steps
+from diffusion.step_profile import StepProfile, draw_steps, proposal_from
+from losses.draws import Rows, rows_of_global_batch
+from tests.lightning_modules.test_ddpm import OneRank
 
 CPU = torch.device("cpu")
-
-
-class OneRank:
-    is_global_zero = True
-
-    def reduce(self, tensor, reduce_op):
-        return tensor
 
 
 @pytest.mark.parametrize("sampler", [uniform, low_discrepancy])
@@ -92,3 +89,43 @@ def test_proposal_is_uniform_before_anything_was_seen_and_survives_nans():
     profile.record(torch.tensor([2, 3]), torch.tensor([float("nan"), 1.0]))
     profile.refresh(OneRank())
     assert profile.proposal.isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", [uniform, low_discrepancy])
+def test_ranks_together_draw_the_steps_of_one_device(sampler):
+    device, parts = torch.device("cpu"), []
+    torch.manual_seed(1)
+    whole = sampler(10, 50, device)
+    for start, stop in ((0, 3), (3, 10)):
+        torch.manual_seed(1)
+        with rows_of_global_batch(Rows(start, stop, 10)):
+            parts.append(sampler(stop - start, 50, device))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_each_refresh_halves_what_was_seen_before_also_where_a_run_goes_on():
+    t, first, resumed = torch.tensor([2, 3, 4]), StepProfile(4), StepProfile(4)
+    first.record(t, torch.tensor([4.0, 1.0, 1.0]))
+    first.refresh(OneRank())
+    resumed.restore(copy.deepcopy(first.recorded()), OneRank())
+    for profile in (first, resumed):
+        for _ in range(2):
+            profile.record(t, torch.tensor([1.0, 1.0, 4.0]))
+        profile.refresh(OneRank())
+        squares = torch.tensor([0.5 * 16 + 2, 2.5, 0.5 + 32]) / 2.5
+        torch.testing.assert_close(profile.proposal, proposal_from(squares.sqrt()))
+
+
+def test_steps_that_were_not_seen_count_as_the_mean_of_those_that_were():
+    profile = StepProfile(5)
+    profile.record(torch.tensor([2, 3]), torch.tensor([1.0, 3.0]))
+    profile.refresh(OneRank())
+    torch.testing.assert_close(profile.proposal, proposal_from(torch.tensor([1.0, 3.0, 2.0, 2.0])))
+
+
+def test_nothing_finite_and_nothing_to_pay_leave_the_proposal_uniform():
+    profile = StepProfile(11)
+    profile.record(torch.tensor([2, 3]), torch.tensor([math.nan, math.inf]))
+    profile.refresh(OneRank())
+    for proposal in (profile.proposal, proposal_from(torch.zeros(10))):
+        torch.testing.assert_close(proposal[2:], torch.full((10,), 0.1))

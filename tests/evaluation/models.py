@@ -22,8 +22,8 @@ def cpu():
 
 def gathered(rows, function, width=1, batch_size=64):
     """The values of ``function``, (b, width) or (b,), of all rows: (N, R, width)."""
-    values, interrupted = gather(rows, lambda x: function(x).view(len(x), width), width, cpu(), batch_size, lambda _: None)
-    assert not interrupted
+    values, finished = gather(rows, lambda x: function(x).view(len(x), width), width, cpu(), batch_size, lambda _: None)
+    assert finished is None
     return values
 
 

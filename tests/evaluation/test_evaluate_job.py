@@ -4,6 +4,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from omegaconf import OmegaConf
 
 import evaluation.estimate
 import evaluation.extras
-from evaluation.report import write_new
+from evaluation.profile import StepMoments
+from evaluation.report import steps_record, write_new
+from evaluation.rows import Rows
 from lightning_modules import LikelihoodModule
+from networks import MLPDenoiser
 from runs.build import SettingError, build_part
 from tests.data_files import pictures, write_folder
 from tests.evaluation.evaluations import CPU, QUICK, evaluate_here, record, refuse_constant
@@ -336,3 +340,56 @@ def test_evaluations_that_end_together_are_all_kept(tmp_path):
         list(pool.map(lambda number: write_new(tmp_path, {"number": number}, {}), range(40)))
     assert sorted(json.loads(path.read_text())["number"] for path in tmp_path.glob("evaluation*.json")) == list(range(40))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_steps_of_a_record_are_what_was_measured():
+    means, errors = torch.arange(1.0, 10.0).double(), torch.arange(9.0, 0.0, -1.0).double() ** 2
+    moments = StepMoments(means, means, means, None, errors, prior=0.5, num_images=4, num_steps=9)
+    found = steps_record(moments, SimpleNamespace(num_steps=10, levels=17, num_dims=3))
+    assert found["t"] == list(range(2, 11))
+    assert found["kl_nats"] == means.tolist()
+    above = [0.5 + sum(range(t, 10)) for t in range(2, 11)]  # the KL of step t is t - 1
+    assert found["rate_bits_per_dim"] == pytest.approx([nats / (3 * math.log(2)) for nats in above])
+    assert found["rmse_levels"] == pytest.approx([8 * root for root in range(9, 0, -1)])
+
+
+def test_every_network_call_is_accounted_for(runs, tmp_path, monkeypatch):
+    run, rows, usual = runs.copy("ddpm", tmp_path), [], MLPDenoiser.forward
+    monkeypatch.setattr(MLPDenoiser, "forward", lambda self, x, t: (rows.append(len(x)), usual(self, x, t))[1])
+    evaluate_here(run, "max_images=64", "replicates=null", *QUICK)
+    own = record(run)["results"]["ema"]
+    assert sum(rows) == own["pilot_network_calls"] + own["num_images"] * own["network_calls_per_image"]
+    assert record(run)["step"] == torch.load(run / "checkpoints/best.ckpt", weights_only=True)["global_step"]
+    assert record(run)["seconds"] > 0
+
+
+def test_the_histogram_has_each_images_cost_beside_its_image(runs, tmp_path, monkeypatch):
+    run, plotted, usual = runs.copy("vae", tmp_path), [], evaluation.extras.plot_images
+    monkeypatch.setattr(evaluation.extras, "plot_images", lambda *given: (plotted.append(given), usual(*given))[1])
+    evaluate_here(run, "replicates=2", "balance=false", "max_images=30")
+    bits, _, places, *_ = plotted[0]
+    assert bits.mean().item() == pytest.approx(record(run)["bpd"])
+    assert torch.equal(places, Rows.of_split(range(180), 30, 1, 0, "any").order)
+
+
+def test_replicates_that_one_chose_are_not_called_too_few(runs, tmp_path, capsys):
+    evaluate_here(runs.copy("vae", tmp_path), "precision=1e-6", "replicates=2", "max_images=8", *QUICK)
+    assert "wished precision" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_tables_columns_are_what_their_headings_say(runs, tmp_path, capsys):
+    run = runs.copy("vae", tmp_path)
+    capsys.readouterr()  # what training printed
+    evaluate_here(run, "replicates=2", *QUICK)
+    (total,) = (line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    cells = [cell.strip() for cell in total.strip("│┃ ").split("│")]
+    assert cells[2:] == [f"{record(run)[name]:.4f}" for name in ("bpd", "bpd_se_images", "bpd_se_noise")]
+
+
+def test_data_that_was_moved_is_found_by_data_root(runs, tmp_path):
+    write_folder(tmp_path / "pictures", pictures(50, 8, 8, 3))
+    data = ("data=image_folder", f"data.root={tmp_path}/pictures", "data.image_size=8", "data.batch_size=8")
+    run_here(tmp_path, "model=vae", *data, "logger=csv", "callbacks.pictures=null", "trainer.max_epochs=1")
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    evaluate_here(tmp_path / "run", "replicates=2", f"data_root={tmp_path}/moved", *QUICK)
+    evaluate_here(runs.copy("vae", tmp_path), f"data_root={tmp_path}", "replicates=2", "max_images=8", *QUICK)  # has none

@@ -142,6 +142,21 @@ def test_an_interrupted_evaluation_is_that_of_the_images_so_far(runs, tmp_path, 
         evaluate_here(run, *settings)
 
 
+def test_an_interrupt_does_not_hide_images_that_have_no_finite_estimate(runs, tmp_path, monkeypatch):
+    run, usual, calls = runs.copy("vae", tmp_path), VAELightningModule.elbo, []
+
+    def elbo(self, x):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        found = usual(self, x)
+        return replace(found, reconstruction=found.reconstruction.index_fill(0, torch.tensor([0]), math.nan))
+
+    monkeypatch.setattr(VAELightningModule, "elbo", elbo)
+    with pytest.raises(SettingError, match="3 of 90 images have no finite estimate"):
+        evaluate_here(run, "replicates=1", "batch_size=30", *QUICK)
+
+
 @pytest.mark.parametrize(
     ("name", "owner", "function", "asked"),
     [

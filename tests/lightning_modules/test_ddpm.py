@@ -7,6 +7,7 @@ from torch import nn
 
 import diffusion
 from diffusion import X0, Epsilon, GaussianDiffusion, Lattice
+from diffusion.control import DENOISERS, Control
 from diffusion.step_profile import proposal_from
 from lightning_modules import DDPMLightningModule
 from losses import DiagGaussian, Gaussian, kl
@@ -286,3 +287,47 @@ def test_a_chain_whose_signal_vanishes_is_refused_where_noise_is_predicted():
 def test_calls_that_would_leave_the_matching_terms_out_are_refused(calls):
     with pytest.raises(ValueError, match=f"calls={calls} must be an integer of at least 2"):
         ddpm(X0(), num_steps=10).elbo(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), calls)
+
+
+class Three(nn.Module):
+    """x̂_0 = 3, which no pixel is."""
+
+    def forward(self, x, t):
+        return torch.full_like(x, 3.0)
+
+
+def test_the_sampler_clamps_what_no_pixel_is():
+    model, seen = DDPMLightningModule(Three(), diffusion.cosine, 10, X0(), image_shape=(1, 4, 4), levels=17), []
+    model.network.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    torch.manual_seed(0)
+    model.sample(4)
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 4, 4)
+    for move, x_t in zip(model.sampler(model.process), seen, strict=False):
+        torch.testing.assert_close(x_t, x)
+        x = move(torch.ones_like(x), x)
+    torch.testing.assert_close(seen[-1], x)
+
+
+def test_as_many_calls_as_steps_are_every_step_and_need_no_control():
+    model, found = ddpm(X0(), num_steps=9), []
+    x = torch.randint(0, 17, (6, 1, 4, 4)).to(torch.uint8)
+    control = Control(model.process, torch.full((17,), 1 / 17).double(), torch.ones(10, DENOISERS))
+    for settings in ((), (9,), (20,), (None, None, control)):
+        torch.manual_seed(0)
+        found.append(model.elbo(x, *settings).value)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+    model.calls["test"] = 9
+    assert model.protocol() == {"estimator": "every step, one noise draw each", "network_calls_per_image": 9, "num_steps": 9}
+
+
+def test_the_terms_of_a_chain_cancel_in_float64():
+    model, x = ddpm(X0(), num_steps=4), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    assert model.dtype == torch.float32
+    assert model.log_weight(x).dtype == model.three_variable_elbo(x).value.dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [[8, 8], [1, 8, 0], [1, 1, 8, 8]])
+def test_other_image_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="three positive sizes"):
+        DDPMLightningModule(nn.Identity(), diffusion.cosine, 3, X0(), image_shape=shape, levels=17)

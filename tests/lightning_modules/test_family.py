@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -365,3 +366,72 @@ def test_a_posterior_that_is_built_here_needs_an_encoder():
         MHVAELightningModule(
             MarkovPosterior, nn.Identity(), DiscretizedLogistic(LEVELS), 2, 3, image_shape=SHAPE, levels=LEVELS
         )
+
+
+def test_beta_weighs_matching_as_it_weighs_the_prior():
+    model, x = models()["mhvae"], torch.randint(0, LEVELS, (16, *SHAPE)).to(torch.uint8)
+    model.beta = 0.3
+    loss, elbo = model.objective(x)
+    assert elbo.matching.abs().min() > 0
+    torch.testing.assert_close(loss, (0.3 * (elbo.prior + elbo.matching) - elbo.reconstruction).mean() / math.prod(SHAPE))
+
+
+class Affine(nn.Module):
+    """z -> N(a z + a, σ²)."""
+
+    def __init__(self, slope, std):
+        super().__init__()
+        self.slope, self.std = slope, std
+
+    def forward(self, z):
+        return DiagGaussian(self.slope * z + self.slope, torch.tensor(math.log(self.std)))
+
+
+class Bare(nn.Module):
+    """Decodes one number as a pixel of nearly no variance."""
+
+    def forward(self, z):
+        return torch.cat([z, torch.full_like(z, -9.0)], 1).view(-1, 2, 1, 1)
+
+
+def test_a_hierarchy_is_drawn_from_the_top():
+    model = MHVAELightningModule(
+        TopDownPosterior(nn.Identity(), None, 3, 1), Bare(), Gaussian(), depth=3, latent_dim=1,
+        transition=[Affine(0.5, 1.0), Affine(2.0, 0.3)], image_shape=(1, 1, 1), levels=None,
+    )  # fmt: skip
+    x = model.sample(100_000)
+    assert x.mean().item() == pytest.approx(0.5 * 2.0 + 0.5, abs=0.03)
+    assert x.var().item() == pytest.approx(0.25 * (4 + 0.09) + 1, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["vae", "mhvae"])
+def test_means_or_draws_are_shown_as_it_is_asked(name):
+    model, asked = models()[name], []
+    model.likelihood = SimpleNamespace(mean=lambda _: asked.append("mean"), sample=lambda _: asked.append("sample"))
+    model.sample(2, mean=True)
+    model.sample(2)
+    model.reconstruct(torch.zeros(2, *SHAPE, dtype=torch.uint8))
+    assert asked == ["mean", "sample", "mean"]
+
+
+def test_each_transition_has_parameters_of_its_own():
+    model = MHVAELightningModule(
+        TopDownPosterior, partial(MLPDecoder, hidden_dim=8), DiscretizedLogistic(17), 3, 2,
+        encoder=partial(MLPEncoder, hidden_dim=8), transition=partial(GaussianTransition, hidden_dim=8),
+        image_shape=(1, 4, 4), levels=17,
+    )  # fmt: skip
+    assert len({id(p) for p in model.generative.parameters()}) == 2 * len(list(model.generative[0].parameters()))
+
+
+def test_gradients_are_clipped_by_the_algorithm_that_is_asked_for(tmp_path):
+    model = models()["vae"]
+    model.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    for algorithm in ("value", None):
+        gradients = [3 * torch.randn_like(parameter) for parameter in model.parameters()]
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        model.configure_gradient_clipping(optimizer, 0.5, algorithm)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient.clamp(-0.5, 0.5) if algorithm else gradient * 0.5 / norm)

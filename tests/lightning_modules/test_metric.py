@@ -1,5 +1,8 @@
 """The sums behind val/bpd and test/bpd."""
 
+import math
+
+import pytest
 import torch
 
 from lightning_modules.metric import ElboMetric
@@ -30,3 +33,12 @@ def test_sums_are_in_float64_elsewhere_whatever_the_model_is_in():
     metric = ElboMetric()
     metric._apply(lambda tensor: tensor.to("cpu"))
     assert metric.total.dtype == torch.float64
+
+
+def test_standard_errors_are_those_of_the_sample():
+    metric, values = ElboMetric(), torch.randn(3, 7).double()
+    for part in values.split((3, 4), 1):
+        metric.update(Elbo(*part))
+    found, value = metric.compute(), values[0] - values[1] - values[2]
+    assert found["elbo_se"].item() == pytest.approx(value.std().item() / math.sqrt(7))
+    assert found["prior_se"].item() == pytest.approx(values[1].std().item() / math.sqrt(7))

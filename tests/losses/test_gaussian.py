@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from losses import DiagGaussian, Elbo, kl, log_ratio, sum_except_batch
+from losses import DiagGaussian, Elbo, from_unit, kl, log_ratio, sum_except_batch, to_unit
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 4, 5)])
@@ -51,11 +51,6 @@ def test_narrow_parameters_are_widened_and_float64_is_kept():
     assert DiagGaussian.standard(torch.zeros(2, 2, dtype=torch.float64)).sample().dtype == torch.float64
 
 
-def test_a_log_std_that_widens_the_mean_is_refused():
-    with pytest.raises(ValueError, match="does not broadcast"):
-        DiagGaussian(torch.zeros(3, 1), torch.zeros(3, 4))
-
-
 def test_elbo_is_one_decomposition_in_two_units():
     elbo = Elbo(torch.tensor([-10.0, -20.0]), torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]))
     assert elbo.value.tolist() == [-11.5, -22.0]
@@ -72,3 +67,29 @@ def test_the_narrowest_gaussians_have_a_divergence_where_their_means_agree(dtype
     assert narrow.log_prob(narrow.mean).item() == pytest.approx(1089 - 1.5 * math.log(2 * math.pi))
     (gradient,) = torch.autograd.grad(narrow.log_prob(narrow.mean).sum(), log_std)
     assert gradient.tolist() == [[-1.0, -1.0, -1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_both_parameters_and_levels_are_widened(dtype):
+    narrow = DiagGaussian(torch.randn(3, 4).to(dtype), torch.full((), -0.3).to(dtype))
+    assert narrow.mean.dtype == narrow.log_std.dtype == torch.float32
+    for levels in (17, 256):
+        unit = to_unit(torch.arange(levels).to(torch.uint8), levels).to(dtype)
+        assert torch.equal(from_unit(unit, levels), from_unit(unit.float(), levels))
+
+
+def test_a_mean_of_whole_numbers_is_refused():
+    with pytest.raises(TypeError, match="to_unit"):
+        DiagGaussian(torch.zeros(3, 4, dtype=torch.uint8), torch.zeros(()))
+
+
+@pytest.mark.parametrize(("mean", "log_std"), [((3, 1), (3, 4)), ((4,), (1, 4)), ((2, 3), (3, 2, 3))])
+def test_a_log_std_that_widens_the_mean_is_refused(mean, log_std):
+    with pytest.raises(ValueError, match="does not broadcast"):
+        DiagGaussian(torch.zeros(mean), torch.zeros(log_std))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), ()])
+def test_terms_of_one_shape_that_is_not_per_example_are_refused(shape):
+    with pytest.raises(ValueError, match="per example"):
+        Elbo(*torch.zeros(3, *shape))

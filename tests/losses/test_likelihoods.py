@@ -233,3 +233,25 @@ def test_a_density_refuses_levels_and_equals_the_normal():
     mean, log_std, x = torch.randn(3, 2, 1, 1), torch.randn(3, 2, 1, 1), torch.randn(3, 2, 1, 1)
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(x).flatten(1).sum(1)
     torch.testing.assert_close(Gaussian().log_prob(torch.cat([mean, log_std], 1), x), expected)
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(17), DiscretizedLogisticMixture(17, 3)])
+def test_parameters_of_other_pixels_are_refused(likelihood):
+    x, num = torch.zeros(4, 2, 3, 3, dtype=torch.uint8), likelihood.params_per_channel
+    for shape in ((1, 2 * num, 3, 3), (4, 2 * num, 1, 1), (4, num, 3, 3)):
+        with pytest.raises(ValueError, match="do not belong to images"):
+            likelihood.log_prob(torch.zeros(shape), x)
+
+
+@pytest.mark.parametrize("components", [0, -1, 1.5, True])
+def test_impossible_numbers_of_components_are_refused(components):
+    with pytest.raises(ValueError, match=r"likelihood\.components="):
+        DiscretizedLogisticMixture(17, components)
+
+
+def test_means_are_the_nearest_level_and_inside_the_range():
+    assert Categorical(5).mean(torch.tensor([0.0, 0, 0, 0.4, 0.6]).log().view(1, 5, 1, 1)).item() == 4
+    assert Bernoulli().mean(torch.zeros(1, 1, 1, 1)).item() == 0
+    assert Gaussian().mean(torch.tensor([1.5, -2.0]).view(1, 2, 1, 1)).item() == 1.5
+    outside = torch.tensor([math.log(0.75), math.log(0.25), 9.0, -0.5, 0.0, 0.0])  # means 9 - 1/3 -> 1, -0.5 + 1/3
+    assert DiscretizedLogisticMixture(17, 2).mean(outside.view(1, 6, 1, 1)).item() == round((0.75 - 0.25 / 6 + 1) * 8)

@@ -1,5 +1,7 @@
 """A run directory belongs to one process at a time, however that one ends."""
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -10,7 +12,7 @@ import pytest
 
 from runs import directory as directories
 from runs.build import SettingError
-from runs.directory import CONFIG, LAST, LOCK, RESULT, hold
+from runs.directory import CONFIG, LAST, LOCK, RESULT, hold, write_json
 from runs.identity import job_name
 from runs.sweep import run_in_sweep
 from tests.jobs import ROOT, configure, result, run_here
@@ -128,3 +130,8 @@ def test_a_config_that_no_run_wrote_is_left_alone(text, tmp_path):
         with pytest.raises(SettingError, match=r"has a config\.yaml that no run wrote"):
             run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", *again)
     assert (tmp_path / "run" / CONFIG).read_text() == text
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [math.inf, -math.inf, math.nan, 1.5], "y": {"z": (math.inf,)}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, None, None, 1.5], "y": {"z": [None]}}
