@@ -78,8 +78,8 @@ class StepProfile(nn.Module):
         self.proposal.copy_(proposal_from(torch.where(seen, root, root[seen].mean())))
 
     def recorded(self) -> dict[str, object]:
-        """Returns what a resumed run needs beside the proposal: this rank's sums."""
-        return {"sums": self._sums, "fading": self._fading}
+        """Returns what a resumed run needs beside the proposal: a copy of this rank's sums."""
+        return {"sums": None if self._sums is None else self._sums.clone(), "fading": self._fading}
 
     def restore(self, recorded: dict[str, object], strategy) -> None:
         """Takes what :meth:`recorded` returned on rank 0."""

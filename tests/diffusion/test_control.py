@@ -51,7 +51,7 @@ def test_expectations_of_single_pixels_against_adaptive_quadrature(levels, sched
 
 @pytest.mark.parametrize("levels", [3, 17, 256])
 @pytest.mark.parametrize("noise", [1e-4, 1e-3, 4e-3, 0.03, 0.3, 0.99])
-def test_shared_nodes_and_those_of_each_level_agree(levels, noise):
+def test_finer_nodes_change_nothing(levels, noise):
     """The first step of a chain has 1 - ᾱ_1 = β_1; levels that hardly occur count from afar."""
     process = GaussianDiffusion(torch.tensor([noise**2, 0.5], dtype=torch.float64))
     frequencies = torch.rand(levels, dtype=torch.float64) ** 8 + 1e-7

@@ -126,6 +126,8 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["ckpt=nowhere.ckpt"], "nowhere.ckpt"),
         (["seed=-1"], "seed"),
         (["model.optimizer.lr=-1"], "lr"),
+        (["model.optimizer.lr=0"], "model.optimizer.lr=0: give a number above 0"),
+        (["seed=4294967296"], "seed=4294967296"),
         (["trainer.overfit_batches=1.5"], "trainer.overfit_batches=1.5"),
         (["callbacks.seeding.seed=x"], "callbacks.seeding.seed=x"),
         (["model/lr_scheduler=warmup_cosine", "model.lr_scheduler.warmup_steps=1.5"], "model.lr_scheduler.warmup_steps=1.5"),

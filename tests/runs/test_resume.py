@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from callbacks import SeededBatches, Vitals
 from callbacks.checkpoints import WholeFiles
 from lightning_modules import VAELightningModule
 from runs.build import SettingError
+from runs.resuming import find_checkpoint, same_images
 from tests.data_files import pictures, write_folder
 from tests.evaluation.evaluations import evaluate_here
 from tests.jobs import result, run_here
@@ -406,3 +408,29 @@ def test_a_run_without_settings_of_an_optimiser_goes_on(tmp_path):
     run_here(tmp_path, *SHORT, "~model.optimizer", "trainer.max_epochs=2")
     run_here(tmp_path, *SHORT, "~model.optimizer", "trainer.max_epochs=4", "ckpt=last")
     assert last(tmp_path)["global_step"] == 44
+
+
+def test_the_last_run_of_a_kind_is_the_newest(tmp_path):
+    for age, day in enumerate(("2026-01-02", "2026-01-03", "2026-01-01")):
+        path = tmp_path / day / "10-00-00-vae-digits/checkpoints/last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    found = find_checkpoint("last", tmp_path / "none", tmp_path, "-vae-digits")
+    assert found == tmp_path / "2026-01-02/10-00-00-vae-digits/checkpoints/last.ckpt"
+
+
+def test_images_of_which_an_earlier_version_said_less_may_be_gone_on_with():
+    data = SimpleNamespace(fingerprint=lambda: {"num_train": 3, "files_sha256": "ab"})
+    same_images(None, data, "ckpt=x")
+    same_images({"num_train": 3}, data, "ckpt=x")
+    with pytest.raises(SettingError, match=r"ckpt=x was trained on other images: there num_train=4, here 3"):
+        same_images({"num_train": 4}, data, "ckpt=x")
+
+
+def test_activations_may_be_kept_or_not_where_a_run_goes_on(tmp_path):
+    unet = ("model=ddpm", "model/network=unet_8x8", "model.network.base_channels=8", "model.num_steps=3", "logger=csv")
+    unet += ("callbacks.pictures=null", "trainer.limit_train_batches=2")
+    run_here(tmp_path, *unet, "trainer.max_epochs=1")
+    run_here(tmp_path, *unet, "trainer.max_epochs=2", "model.network.checkpoint_activations=true", "ckpt=last")
+    assert result(tmp_path / "run")["step"] == 4

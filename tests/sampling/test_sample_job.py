@@ -50,6 +50,7 @@ def test_a_drawing_leaves_all_its_images_a_picture_and_how_they_came_to_be(name,
     record = json.loads(path.with_suffix(".json").read_text())
     assert (record["num"], record["weights"], record["mean"], record["levels"]) == (70, "ema", True, 17)
     assert record["settings"]["seed"] == 3
+    assert record["step"] == torch.load(run / "checkpoints/best.ckpt", weights_only=True)["global_step"]
     assert record.get("network_calls_per_image") == (30 if name == "ddpm" else None)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "70 images, ema weights" in capsys.readouterr().out
@@ -131,6 +132,10 @@ def test_continuous_data_is_drawn_and_kept_as_it_is(tmp_path):
     assert values.dtype == np.float32
     assert len(np.unique(values)) > 0.99 * values.size
     assert not json.loads(path.with_suffix(".json").read_text())["mean"]
+    path.unlink()  # its number stays taken by what lies beside it
+    path, _ = sample_here(tmp_path / "run", "num=3", "fabric.precision=64-true")
+    assert path.name == "drawn-2.npz"
+    assert np.load(path)["arr_0"].dtype == np.float64
     assert path.with_suffix(".png").is_file()
 
 
@@ -192,3 +197,9 @@ def test_a_setting_of_a_sampler_alone_is_answered_by_the_choice_that_has_it(tmp_
     done = command("run=anything", "sampler.num_steps=4", cwd=tmp_path, script="sample.py")
     refusal = "error: sampler.num_steps is a setting of sampler=ddim, not of what is chosen: add sampler=ddim"
     assert (done.returncode, done.stderr.strip()) == (1, refusal)
+
+
+def test_images_are_drawn_in_the_precision_that_is_asked_for(runs, tmp_path):
+    run = runs.copy("vae", tmp_path)
+    exact, rough = (images_of(run, "num=64", f"fabric.precision={one}").astype(int) for one in ("32-true", "bf16-mixed"))
+    assert 0 < np.abs(exact - rough).mean() < 0.5
