@@ -62,11 +62,9 @@ class WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, draft)
         except BaseException as error:
             draft.unlink(missing_ok=True)
-            if not isinstance(error, RuntimeError):
-                raise
-            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-                raise
-            raise OSError(errno.EIO, "cannot be written whole, perhaps because the disk is full", str(path)) from error
+            if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
+                raise OSError(errno.EIO, "cannot be written whole, perhaps because the disk is full", str(path)) from error
+            raise
         draft.replace(path)
 
 

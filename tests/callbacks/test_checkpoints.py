@@ -100,9 +100,9 @@ def test_a_write_that_is_cut_short_leaves_the_file_before(tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             WholeFiles().save_checkpoint({"step": 2}, place)
     assert torch.load(place, weights_only=True) == {"step": 1}
+    assert list(place.parent.iterdir()) == [place]
     WholeFiles().save_checkpoint({"step": 3}, place)
     assert torch.load(place, weights_only=True) == {"step": 3}
-    assert list(place.parent.iterdir()) == [place]
     WholeFiles().save_checkpoint({"step": 4}, f"file://{place}")
     assert torch.load(place, weights_only=True) == {"step": 4}
 
