@@ -13,11 +13,12 @@ def main(cfg: DictConfig) -> None:
     """Prints a table and writes comparison.html, .csv and .md."""
     from comparison.job import run
     from runs.build import SettingError
+    from runs.entry import told
 
     try:
         run(cfg)
     except SettingError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(told(error))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
 def main(cfg: DictConfig) -> None:
     """Writes one set."""
-    from runs.entry import INTERRUPTED, loading
+    from runs.entry import INTERRUPTED, loading, told
 
     with loading():
         from runs.build import SettingError
@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     try:
         run(cfg)
     except SettingError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(told(error))
     except KeyboardInterrupt:
         print("interrupted: nothing was kept", file=sys.stderr)
         sys.exit(INTERRUPTED)

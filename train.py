@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from runs.entry import TERMINATED, loading
+    from runs.entry import TERMINATED, loading, told
 
     with loading():
         from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> float | None:
     except SettingError as error:
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # what every rank of a node meets is said once
         silent = not first and not isinstance(error, RankError)
-        sys.exit(1 if silent else f"error: {error}")
+        sys.exit(1 if silent else told(error))
     except SIGTERMException:  # Lightning kills rank 0, which may be writing, when a child of its ends with another code than 0
         sys.exit(0 if is_child_rank() else TERMINATED)
 

@@ -122,7 +122,7 @@ class SavedRun:
         try:
             datamodule = load_data(OmegaConf.create(config))
         except SettingError as error:
-            raise SettingError(str(error).replace("data.root", "data_root")) from None  # as it is called here
+            raise SettingError(str(error).replace("data.root", "data_root")) from error.__cause__  # as it is called here
         same_images(self.content.get("images"), datamodule, f"run={self.path}")
         return datamodule
 

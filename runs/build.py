@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runs.faults import is_fault, is_somebodys
 from runs.kinds import unknown, wrong_kinds
 
 
@@ -44,21 +45,37 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
         cause = error.__cause__ or error
         sentence = " ".join(str(cause).split())
         key = _key_of(error, cfg)
-        if isinstance(cause, (ValueError, FileNotFoundError)):  # written to be read, most of them with the setting in it
-            raise SettingError(sentence if "=" in sentence or not key else f"{key}: {sentence}") from None
+        fault = cause if is_somebodys(cause) else None  # what is shown with where it happened, if it was no refusal
+        if isinstance(cause, (ValueError, FileNotFoundError)) and not (fault and is_fault(fault)):  # written to be read
+            raise SettingError(_with_setting(sentence, cfg, key)) from None
         if wrong := next(wrong_kinds(cfg, nulls=True), None):
             raise SettingError(wrong) from None
         node = OmegaConf.select(cfg._get_root(), key) if key else None
         settings = {} if not isinstance(node, DictConfig) else {k: v for k, v in node.items() if k[0] != "_"}
         found = re.search(r"unexpected keyword argument '(\w+)'", sentence)
         if found and found[1] in settings:
-            raise SettingError(unknown(node, found[1])) from error
+            raise SettingError(unknown(node, found[1])) from None
         plain_ones = [f"{name}={value}" for name, value in settings.items() if not OmegaConf.is_config(value)]
         given = f" with {', '.join(plain_ones)}" if plain_ones else ""
-        raise SettingError(f"{key or 'the config'} cannot be built{given}: {sentence}") from error
+        raise SettingError(f"{key or 'the config'} cannot be built{given}: {sentence}") from fault
     if wrong := next(wrong_kinds(cfg, nulls=True), None):  # what was built would fail when it comes to use it
         raise SettingError(wrong)
     return part
+
+
+def _with_setting(sentence: str, cfg: DictConfig, key: str) -> str:
+    """Returns a constructor's sentence after the setting it is about, where it names one by its last name alone."""
+    if not key or re.search(rf"\b{key.partition('.')[0]}[./]", sentence):
+        return sentence
+    leaves = flatten(OmegaConf.to_container(cfg), str(cfg._get_full_key(None) or ""))
+    meant = [leaf for leaf in leaves if re.search(rf"\b{leaf[0].rpartition('.')[2]}\b", sentence)]
+    given = [(name, value) for name, value in meant if re.search(rf"(got |=){re.escape(str(value))}(?![\w.])", sentence)]
+    if len(given or meant) == 1:
+        name, value = (given or meant)[0]
+        told = sentence.removeprefix(f"{name.rpartition('.')[2]}={value}")
+        return f"{name}={value}{told if told != sentence and told[0] in ': ' else f': {sentence}'}"
+    parents = {name.rpartition(".")[0] for name, _ in given or meant} or {key}
+    return sentence if "=" in sentence and not meant else f"{parents.pop() if len(parents) == 1 else key}: {sentence}"
 
 
 def _key_of(error: InstantiationException, cfg: DictConfig) -> str:

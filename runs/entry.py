@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import sys
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,10 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runs.commands import CONF
+from runs.faults import is_fault
 from runs.help import help_text
 
 FULL = "HYDRA_FULL_ERROR"
 INTERRUPTED, TERMINATED = 130, 143  # exit codes after Ctrl-C and SIGTERM, as shells have them
+
+_asked = False  # whether the user set HYDRA_FULL_ERROR=1, to see how each error came about
 
 
 def spin_briefly() -> None:
@@ -91,29 +95,45 @@ def start(main: Callable[[], object]) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(Path(sys.argv[0]).stem))
         return
-    asked = os.environ.get(FULL)  # by the user, who then sees everything Hydra has to say
+    global _asked
+    _asked = os.environ.get(FULL) == "1" and not _is_later_rank()  # of those the first one sets it
     os.environ[FULL] = "1"  # Hydra then raises what it would print over many lines
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (HydraException, OmegaConfBaseException) as error:
-        if asked:
+        if _asked:
             raise
         sys.exit(f"error: {sentence(error)}")
     except ValueError as error:
-        if asked or "Config group override must be" not in str(error):
+        if _asked or "Config group override must be" not in str(error):
             raise
         nothing = [item for item in sys.argv[1:] if item.partition("=")[2] in ("null", "~")] or sys.argv[1:]
         sys.exit(f"error: {' '.join(nothing)}: what is chosen of a group is a name; ~GROUP leaves a group out")
     except OSError as error:
-        if asked or error.strerror is None:
+        if _asked or error.strerror is None:
             raise
         advice = "; choose another place by hydra.run.dir or paths.output_dir" if Path(sys.argv[0]).stem == "train" else ""
         sys.exit(f"error: {refusal(error)}{advice}")
     finally:
-        if not asked:
+        if not _asked:
             os.environ.pop(FULL, None)
+
+
+def _is_later_rank() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def told(error: Exception) -> str:
+    """Returns what is printed of a refusal: its sentence, after the traceback of the fault of code it came from, if it did.
+
+    With HYDRA_FULL_ERROR=1 how it came about is always told.
+    """
+    shown = error if _asked else error.__cause__
+    if shown is None or not (_asked or is_fault(shown)):
+        return f"error: {error}"
+    return "".join([*traceback.format_exception(type(shown), shown, shown.__traceback__), f"error: {error}"])
 
 
 def refusal(error: OSError) -> str:
@@ -133,7 +153,7 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
     try:
         given, interrupted = run(cfg)
     except SettingError as error:
-        sys.exit(1 if os.environ.get("LOCAL_RANK", "0") != "0" else f"error: {error}")  # said once, by rank 0
+        sys.exit(1 if _is_later_rank() else told(error))  # said once, by rank 0
     if interrupted:
         sys.exit(INTERRUPTED)
     return given
@@ -148,6 +168,8 @@ def sentence(error: BaseException) -> str:
         )
     text = str(error).split("Config search path")[0].split("Set the environment variable")[0].split("See https://hydra.cc")[0]
     text = " ".join(text.split())
+    if text.startswith("Error merging override") and error.__cause__:
+        text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
     absent = re.match(r"Could not override '(\w+)/([^']+)'\. No match in the defaults list\. .* use (\S+)", text)
     if absent:
         return f"{absent[1]}/{absent[2]}: the {absent[1]} that is chosen has none; {absent[3]} adds one, where it takes one"

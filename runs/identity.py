@@ -55,7 +55,8 @@ def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
     Single runs, and sweeps whose directory is given, stay as they are. Launchers, how many jobs run at once and what is done
     with jobs of an earlier try do not make another sweep.
     """
-    arguments = list(arguments)
+    first = [item for item in arguments if item in MULTIRUN]  # between overrides, argparse would not know those after it
+    arguments = [*arguments[:1], *first, *(item for item in arguments[1:] if item not in MULTIRUN)]
     if not is_sweep(arguments) or any(item.startswith("hydra.sweep.dir=") for item in arguments):
         return arguments
     incidental = (

@@ -42,6 +42,7 @@ from runs.build import RankError, SettingError, build_part, factory, plain
 from runs.devices import compile_networks, is_child_rank
 from runs.directory import CONFIG, FORMAT, LAST, RESULT, hold, withdraw_result, write_json
 from runs.entry import refusal
+from runs.faults import is_fault, is_somebodys
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
 from runs.resuming import choose_checkpoint, resume_command, same_images
 from runs.settings import check_limits, check_model, check_ranks, check_settings, chosen_callbacks
@@ -106,12 +107,13 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
 
 
 def quiet_libraries() -> None:
-    """Leaves of Lightning's lines the warnings, once each: what a run does is said here, in fewer words."""
+    """Leaves of libraries' lines the warnings, once each: what a run does is said here, in fewer words."""
     lightning = logging.getLogger("lightning")
     lightning.handlers.clear()  # Hydra's root handler prints them already
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what trainer.profiler=simple has found
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # a name that is nowhere is said in one sentence
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*",
@@ -233,6 +235,7 @@ def one_sentence(trainer: Trainer) -> Iterator[None]:
     Raises:
         SettingError: where every rank raises it, as one that a callback saw training diverge by.
         RankError: where it may have been this rank alone.
+        Exception: as it was, for a fault of code of a kind that no refusal is.
     """
     try:
         yield
@@ -242,12 +245,14 @@ def one_sentence(trainer: Trainer) -> Iterator[None]:
         raise RankError(" ".join(str(error).split())) from error
     except OSError as error:
         raise RankError(refusal(error)) from error
-    except RuntimeError as error:
+    except Exception as error:
         if "loading state_dict" in str(error):
-            raise SettingError(f"ckpt= has other weights than this model: {' '.join(str(error).split())[:300]}") from error
-        if trainer.world_size == 1 or not any(sign in str(error) for sign in LOST):
+            raise SettingError(f"ckpt= has other weights than this model: {' '.join(str(error).split())[:300]}") from None
+        if trainer.world_size > 1 and any(sign in str(error) for sign in LOST):
+            raise RankError(f"rank {trainer.global_rank} has lost another one, which ended before it") from None
+        if is_fault(error) or is_somebodys(error):
             raise
-        raise RankError(f"rank {trainer.global_rank} has lost another one, which ended before it") from error
+        raise SettingError(" ".join(str(error).split())) from error  # Lightning's look at what a callback was given
 
 
 def objective(trainer: Trainer, model: LikelihoodModule) -> float:

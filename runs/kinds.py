@@ -7,12 +7,14 @@ signatures of classes and functions say is known before any of them is called.
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from enum import Enum
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from hydra.utils import get_object
@@ -34,6 +36,9 @@ def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
         node: a config with a ``_target_``, or with nodes that have one.
         nulls: whether null where something belongs counts, and something where null does: constructors often say why.
     """
+    if absent := _absent(node):
+        yield absent
+        return
     hints, names = _signature(node)
     for name in node:
         try:
@@ -66,6 +71,24 @@ def unknown(node: DictConfig, name: str, names: Iterable[str] = ()) -> str:
     near = get_close_matches(name, names, n=1, cutoff=0.8)
     advice = f", is it {near[0]}?" if near else f"; ~{key} leaves it out"
     return f"{key}{value}: {taker} takes no such setting{advice}"
+
+
+def _absent(node: DictConfig) -> str | None:
+    """Returns the sentence for a target that is not there; what else importing it raises, building it says."""
+    target = node.get("_target_")
+    try:
+        if isinstance(target, str):
+            get_object(target)
+    except Exception as error:  # of whatever is imported
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and f"{target}.".startswith(f"{cause.name}."):
+            key = node._get_full_key("_target_")
+            holder, _, name = cause.name.rpartition(".")
+            if not holder:
+                return f"{key}={target}: Python finds no module {name}; put it beside {Path(sys.argv[0]).name} or on PYTHONPATH"
+            near = get_close_matches(name, dir(get_object(holder)), n=1, cutoff=0.6)
+            return f"{key}={target}: {holder} has no {name}{f', is it {near[0]}?' if near else ''}"
+    return None
 
 
 def _signature(node: DictConfig) -> tuple[dict[str, Any], list[str] | None]:

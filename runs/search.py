@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, flag_override
@@ -14,6 +14,22 @@ STUDY = "study.db"  # as conf/hydra/sweeper/search.yaml has it, in the sweep's d
 def is_search(sweeper: DictConfig) -> bool:
     """Whether a sweep's jobs are chosen by Optuna."""
     return "optuna" in str(sweeper._target_)
+
+
+def refused_search(sweeper: DictConfig, searched: Sequence[str]) -> str | None:
+    """Returns a sentence for a search that would run no trial, or one without end; ``None`` for one that can begin.
+
+    Args:
+        sweeper: the config of the plugin.
+        searched: names of settings that are searched.
+    """
+    if sweeper.n_trials < 1:  # an integer, as the plugin has it checked
+        return f"hydra.sweeper.n_trials={sweeper.n_trials}: give an integer of at least 1"
+    if str(getattr(sweeper.direction, "name", sweeper.direction)) not in ("minimize", "maximize"):
+        return f"hydra.sweeper.direction={sweeper.direction}: choose minimize, or maximize to find the worst"
+    if not searched:
+        return "hydra/sweeper=search has nothing to search: give a setting some values, as in model.beta='interval(1,4)'"
+    return None
 
 
 def go_on(sweeper: DictConfig) -> str:

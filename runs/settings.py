@@ -71,6 +71,11 @@ def check_settings(cfg: DictConfig) -> None:
     if wrong := next(wrong_kinds(cfg), None):  # of the model, too, before data is read
         raise SettingError(wrong)
     _check_types(cfg)
+    if "spawn" in str(cfg.trainer.strategy):
+        raise SettingError(
+            f"trainer.strategy={cfg.trainer.strategy} would send the run to new processes, which cannot take all of it: choose "
+            "trainer=ddp or trainer=ddp_cpu, whose processes begin as this one did"
+        )
     _check_precision(cfg)
     _check_lengths(cfg)
     _check_monitor(cfg)
@@ -173,11 +178,14 @@ def _check_monitor(cfg: DictConfig) -> None:
 
 
 def check_model(model: LikelihoodModule, image_shape: tuple[int, ...]) -> None:
-    """Refuses a model of other images, and settings of its functions that these do not have.
+    """Refuses a model of another kind or of other images, and settings of its functions that these do not have.
 
     Raises:
         SettingError: in one sentence.
     """
+    if not isinstance(model, LikelihoodModule):
+        place = f"{type(model).__module__}.{type(model).__name__}"
+        raise SettingError(f"model._target_={place}: derive it from lightning_modules.LikelihoodModule, which has a bound")
     if model.image_shape != tuple(image_shape):
         raise SettingError(f"model.image_shape={list(model.image_shape)}: the data has {list(image_shape)}, leave it alone")
     for name, function in vars(model).items():

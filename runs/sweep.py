@@ -28,7 +28,7 @@ from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, write_
 from runs.entry import INTERRUPTED, sentence, start
 from runs.identity import digest, job_name
 from runs.relaunch import one_job
-from runs.search import STUDY, go_on, is_search
+from runs.search import STUDY, go_on, is_search, refused_search
 
 STATE, SWEEP = "job.json", "multirun.yaml"
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
@@ -195,6 +195,8 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the plan: every job of a grid, or what is left of a search, which chooses its jobs as it goes."""
+        if wrong := refused_sweep(config):
+            sys.exit(f"error: {wrong}")  # Hydra makes a warning of what else a callback raises, and goes on
         SweepReport.latest = self
         self.directory = Path(str(config.hydra.sweep.dir))
         self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
@@ -266,6 +268,25 @@ class SweepReport(Callback):
         for directory, (state, reason) in states.items():
             if state not in ("done", "ended", "new"):
                 print(f"  {state}: {directory.name}  {reason}", flush=True)
+
+
+def refused_sweep(config: DictConfig) -> str | None:
+    """Returns a sentence for a sweep that its launcher or sweeper would not run, or not as meant; ``None`` if there is none."""
+    hydra = config.hydra
+    if given := next((item for item in hydra.overrides.hydra if item.startswith("hydra.run.dir=")), None):
+        return f"{given} is the directory of one run, and this is a sweep: give hydra.sweep.dir"
+    if str(hydra.launcher._target_).endswith("SlurmLauncher") and shutil.which("srun") is None:
+        return "hydra/launcher=slurm: this machine has no srun; start the sweep where SLURM is, or choose hydra/launcher=cores"
+    at_once = hydra.launcher.get("n_jobs", 1)  # an integer, as the plugin has it checked
+    if at_once < 1 and at_once != -1:
+        return f"hydra.launcher.n_jobs={at_once}: give an integer of at least 1, or -1 for one a core"
+    swept = list(hydra.sweeper.get("params") or {})
+    for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+        if override.is_sweep_override():
+            swept.append(override.get_key_element())
+            if override.is_interval_sweep() and not is_search(hydra.sweeper):
+                return f"{override.input_line}: a grid takes values, as in 1,2,3; intervals are for hydra/sweeper=search"
+    return refused_search(hydra.sweeper, swept) if is_search(hydra.sweeper) else None
 
 
 def run_sweep(main: Callable[[], object]) -> int:

@@ -92,7 +92,7 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["model=vae", "model.encoder.dropout=1.5"], "dropout"),
         (["callbacks.ema.decay=1"], "ema.decay"),
         (["callbacks.ema.decay=abc"], "callbacks.ema.decay=abc: give a number"),
-        (["model.network.hidden_dim=0"], "model: hidden_dim"),
+        (["model.network.hidden_dim=0"], "model.network.hidden_dim=0: hidden_dim must"),
         (["model/schedule=constant", "model.schedule.beta=abc"], "model.schedule.beta=abc: give a number"),
         (["callbacks.pictures.num=0"], "pictures.num"),
         (["logger.mode=offlin"], "offlin"),

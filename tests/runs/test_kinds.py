@@ -115,7 +115,7 @@ def compares(rate: float) -> bool:
 
 def test_constructors_say_what_they_know_of_null():
     for target, value, sentence in [
-        ("refuses_null", None, "levels=None: the data has some"),
+        ("refuses_null", None, "part.levels=None: the data has some"),
         ("only_null", 17, "part.levels=17: give null"),
         ("compares", None, "part.rate=None: give a number"),
     ]:
@@ -129,7 +129,8 @@ def test_what_fits_is_built_and_what_no_signature_tells_is_left_to_the_construct
     assert build_part(node("Child", rate=1, size=None, names=["a"])).size == 0
     assert build_part(node("implicit", rate=None)) is None  # as older code writes it
     assert build_part(node("silent", rate="anything", size=[1, "a"])) == ("anything", [1, "a"])
-    assert list(wrong_kinds(node("not_there", rate="fast"))) == []
+    (absent,) = wrong_kinds(node("not_there", rate="fast"))
+    assert absent == f"part._target_={__name__}.not_there: {__name__} has no not_there"
     with pytest.raises(SettingError, match="not_there"):
         build_part(node("not_there", rate="fast"))
 

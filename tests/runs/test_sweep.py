@@ -65,7 +65,7 @@ def test_the_same_sweep_has_the_same_directory_and_another_has_another():
     for line in ("seed=0,1 -m", "-m seed=0,1", "--config-dir here -m ~logger seed=0,1", "--config-dir here -m"):
         found = with_sweep_directory(["train.py", *line.split()])
         (place,) = (i for i, item in enumerate(found) if "sweep.dir" in item)
-        assert [*found[1:place], *found[place + 1 :]] == line.split()
+        assert [*found[1:place], *found[place + 1 :]] == sorted(line.split(), key="-m".__ne__)  # first
         assert all("=" in item or item[0] == "~" for item in found[place:] if item != "-m")  # all of them together
     assert directory("seed=0") == []
     assert directory("-m", "seed=0,1", "hydra.sweep.dir=here") == ["hydra.sweep.dir=here"]
@@ -334,6 +334,6 @@ def test_what_a_launcher_refuses_is_said(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = command("-m", *JOB, "seed=0,1", "hydra/launcher=cores", "hydra.launcher.n_jobs=0", cwd=tmp_path)
     assert done.returncode == 1
-    assert "0 of 2 jobs done, 2 not started" in done.stdout
+    assert not (tmp_path / "outputs").exists()
     (line,) = done.stderr.splitlines()
     assert re.match("error: .*n_jobs", line)

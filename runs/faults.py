@@ -1,0 +1,67 @@
+"""Which errors are refusals, whose sentence is all there is to say, and which are faults of code, whose place matters most."""
+
+from __future__ import annotations
+
+import dis
+import sysconfig
+from pathlib import Path
+from types import FrameType
+
+PACKAGES = (
+    "losses",
+    "diffusion",
+    "networks",
+    "datamodules",
+    "lightning_modules",
+    "callbacks",
+    "loggers",
+    "runs",
+    "evaluation",
+    "sampling",
+    "comparison",
+    "hydra_plugins",
+)
+STANDARD = Path(sysconfig.get_path("stdlib")).resolve()
+INSTALLED = {"site-packages", "dist-packages"}
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error comes from a mistake in code, and not from somebody's look at what was given.
+
+    A refusal is raised by a ``raise`` in this framework's code or in somebody's own, or by Lightning about its settings; so is
+    what the system has to say of a file that this framework reads or writes. An error that Python or a library met while such
+    code was running is a fault of the code.
+    """
+    frames = _frames(error)
+    own = [frame for frame, _ in frames if not _is_library(frame)]
+    if not own:
+        return False  # a library's own look at settings
+    ours, (last, place) = _package(own[-1]) in PACKAGES, frames[-1]
+    if ours and isinstance(error, OSError):
+        return False
+    on_purpose = dis.opname[last.f_code.co_code[place]] == "RAISE_VARARGS"
+    return not (on_purpose and (last is own[-1] or (ours and _package(last) == "lightning")))
+
+
+def is_somebodys(error: BaseException) -> bool:
+    """Whether the innermost code that is no library's is not this framework's either."""
+    own = [frame for frame, _ in _frames(error) if not _is_library(frame)]
+    return bool(own) and _package(own[-1]) not in PACKAGES
+
+
+def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    """Returns the frames that an error came through, innermost last, each with the place in its byte code."""
+    frames, step = [], error.__traceback__
+    while step is not None:
+        frames.append((step.tb_frame, step.tb_lasti))
+        step = step.tb_next
+    return frames
+
+
+def _is_library(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    return file.startswith("<") or not INSTALLED.isdisjoint(Path(file).parts) or STANDARD in Path(file).resolve().parents
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
