@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 import sys
 from pathlib import Path
@@ -33,8 +34,9 @@ def choose_checkpoint(
     if cfg.ckpt == "auto":  # a job that is killed during its first validation leaves the best alone
         checkpoint = next((directory / name for name in (LAST, BEST) if (directory / name).is_file()), None)
     elif cfg.ckpt is not None:
-        suffix = f"-{choices.model}-{choices.data}"
-        checkpoint = find_checkpoint(str(cfg.ckpt), directory, Path(cfg.paths.output_dir), suffix)
+        named = any(item.startswith("hydra.run.dir=") for item in HydraConfig.get().overrides.hydra)
+        others = None if named else f"{glob.escape(cfg.paths.output_dir)}/*/*-{choices.model}-{choices.data}"
+        checkpoint = find_checkpoint(str(cfg.ckpt), directory, others)
     if checkpoint is not None:
         held = read_checkpoint(checkpoint, "ckpt")
         complete(held, checkpoint)
@@ -72,14 +74,14 @@ def complete(held: dict[str, Any], path: Path) -> None:
         raise SettingError(f"ckpt={path} is damaged, as its {wrong[0]} shows: give another checkpoint")
 
 
-def find_checkpoint(ckpt: str, directory: Path, outputs: Path, suffix: str) -> Path:
+def find_checkpoint(ckpt: str, directory: Path, others: str | None) -> Path:
     """Returns the checkpoint that ``ckpt`` means.
 
     Args:
         ckpt: ``last``, a checkpoint file, or a run directory.
         directory: this run's directory; its own last checkpoint comes first.
-        outputs: where run directories lie; with ``last``, the newest one of this model and data comes next.
-        suffix: how run directories of this model and data end.
+        others: a pattern of run directories of this model and data, the newest of which comes next with ``last``; ``None``
+            where the run's directory was named, since another would not be what was meant.
 
     Raises:
         SettingError: if there is none.
@@ -90,11 +92,16 @@ def find_checkpoint(ckpt: str, directory: Path, outputs: Path, suffix: str) -> P
         if not path.is_file():
             raise SettingError(f"ckpt={ckpt} is not a checkpoint file or a run directory with {LAST}: give one, or ckpt=last")
         return path
-    candidates = sorted(outputs.glob(f"*/*{suffix}/{LAST}"), key=lambda path: path.stat().st_mtime)
-    for path in (directory / LAST, *reversed(candidates)):
-        if path.is_file():
-            return path
-    raise SettingError(f"ckpt=last found no {LAST} in {directory} nor in {outputs}/*/*{suffix}: train first, or give a path")
+    if (directory / LAST).is_file():
+        return directory / LAST
+    if others is None:
+        raise SettingError(
+            f"hydra.run.dir={directory} ckpt=last: there is no {LAST} in it; look at the name, leave ckpt out to begin, or "
+            "give ckpt=DIR to go on from another run"
+        )
+    if found := glob.glob(f"{others}/{LAST}"):
+        return Path(max(found, key=lambda path: Path(path).stat().st_mtime))
+    raise SettingError(f"ckpt=last found no {LAST} in {directory} nor in {others}: train first, or give a path")
 
 
 def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:

@@ -416,8 +416,13 @@ def test_the_last_run_of_a_kind_is_the_newest(tmp_path):
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
-    found = find_checkpoint("last", tmp_path / "none", tmp_path, "-vae-digits")
+    found = find_checkpoint("last", tmp_path / "none", f"{tmp_path}/*/*-vae-digits")
     assert found == tmp_path / "2026-01-02/10-00-00-vae-digits/checkpoints/last.ckpt"
+
+
+def test_a_directory_that_is_named_is_the_one_that_is_meant(tmp_path):
+    with pytest.raises(SettingError, match=r"hydra\.run\.dir=.*typo ckpt=last: there is no"):
+        find_checkpoint("last", tmp_path / "typo", None)
 
 
 def test_images_of_which_an_earlier_version_said_less_may_be_gone_on_with():
