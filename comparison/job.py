@@ -13,6 +13,7 @@ from comparison.page import page
 from comparison.tables import as_csv, as_markdown, terminal
 from runs.build import SettingError
 from runs.directory import first_free
+from runs.names import check_names
 
 
 def run(cfg: DictConfig) -> None:
@@ -21,6 +22,7 @@ def run(cfg: DictConfig) -> None:
     Raises:
         SettingError: if there is nothing to compare, or a setting names nothing.
     """
+    check_names(cfg, "compare")
     if not cfg.out:
         raise SettingError(f"out={cfg.out}: give the folder to write to, as in out=comparison")
     if OmegaConf.is_missing(cfg, "runs"):

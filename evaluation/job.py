@@ -16,6 +16,7 @@ from evaluation.setting import Setting, SplitImages
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from runs.build import SettingError, build_part
 from runs.job import quiet_libraries
+from runs.names import check_names
 
 
 def run(cfg: DictConfig) -> tuple[float, bool]:
@@ -29,6 +30,7 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
     """
     started = time.monotonic()
     quiet_libraries()
+    check_names(cfg, "evaluate")
     check_settings(cfg)
     saved = open_run(cfg)
     chosen = saved.choose(cfg.weights)

@@ -10,20 +10,17 @@ import sys
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from runs.commands import CONF
 from runs.faults import is_fault
 from runs.help import help_text
+from runs.names import no_setting
 
 FULL = "HYDRA_FULL_ERROR"
 INTERRUPTED, TERMINATED = 130, 143  # exit codes after Ctrl-C and SIGTERM, as shells have them
@@ -176,45 +173,4 @@ def sentence(error: BaseException) -> str:
     unknown = re.match(r"Could not override '([^']+)'\. To append to your config use (\S+)", text)
     if unknown is None:
         return text
-    return _no_setting(unknown[1], unknown[2])
-
-
-def _no_setting(name: str, adding: str) -> str:
-    """Says what a setting that is not there may have been meant for, and how Hydra would add it."""
-    group = name.split(".")[0]
-    choices = [f"{group}={path.stem}" for path in sorted((CONF / group).glob("*.yaml"))]
-    others = {choice: _settings(choice) for choice in choices}
-    if having := [choice for choice, settings in others.items() if name in settings]:
-        return f"{name} is a setting of {' and of '.join(having)}, not of what is chosen: add {' or '.join(having)}"
-    near = get_close_matches(name, {*_settings(), *_groups()}, n=2, cutoff=0.8)
-    near = near or get_close_matches(name, {setting for settings in others.values() for setting in settings}, n=1, cutoff=0.8)
-    advice = f"is it {' or '.join(near)}?" if near else f"python {Path(sys.argv[0]).name} --cfg job shows them all;"
-    return f"{name} is no setting: {advice} {adding} adds one"
-
-
-def _settings(*added: str) -> list[str]:
-    """Returns the names of all settings under the groups that are chosen by the command line, as far as it can be composed.
-
-    Args:
-        added: choices to take instead of those of their groups.
-    """
-    from runs.build import flatten  # what builds is not loaded for --help
-
-    instead = {choice.partition("=")[0] for choice in added}
-    chosen = [item for item in sys.argv[1:] if re.match(r"[\w/]+=[\w-]+$|~[\w/]+$", item)]
-    chosen = [item for item in chosen if item.lstrip("~").partition("=")[0] not in instead]
-    running = GlobalHydra.instance().is_initialized()  # in a sweep
-    for overrides in (chosen, []):
-        try:
-            with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
-                found = OmegaConf.to_container(compose(Path(sys.argv[0]).stem, [*overrides, *added]))
-            leaves = [key for name, value in found.items() for key, _ in flatten(value, name)]
-            return sorted({".".join(key.split(".")[:depth]) for key in leaves for depth in range(1, key.count(".") + 2)})
-        except (HydraException, OmegaConfBaseException):  # one of them may be what is misspelt
-            continue
-    return []
-
-
-def _groups() -> list[str]:
-    """Returns the names of all groups: of some, nothing is chosen, so that they are no settings."""
-    return [str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir()]
+    return no_setting(unknown[1], unknown[2])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+import re
 import signal
 import time
 import warnings
@@ -43,6 +45,7 @@ from runs.devices import compile_networks, is_child_rank
 from runs.directory import CONFIG, FORMAT, LAST, RESULT, hold, withdraw_result, write_json
 from runs.entry import refusal
 from runs.faults import is_fault, is_somebodys
+from runs.kinds import unknown
 from runs.report import code_version, facts_to_group_by, result_record, table, totals
 from runs.resuming import choose_checkpoint, resume_command, same_images
 from runs.settings import check_limits, check_model, check_ranks, check_settings, chosen_callbacks
@@ -171,6 +174,9 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> T
     try:
         return factory(cfg.trainer)(callbacks=callbacks, logger=False, default_root_dir=str(directory))
     except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found and found[1] in cfg.trainer:
+            raise SettingError(unknown(cfg.trainer, found[1], inspect.signature(Trainer).parameters)) from None
         raise SettingError(f"trainer: {' '.join(str(error).split())}") from error
 
 

@@ -22,6 +22,7 @@ from datamodules.base import ImageBatches
 from datamodules.shards import Manifest, write_split
 from runs.build import SettingError, build_part
 from runs.commands import CONF, as_value
+from runs.names import check_names
 
 CHUNK = 2**23  # bytes of images that are held at once
 
@@ -60,6 +61,7 @@ def run(cfg: DictConfig) -> None:
     Raises:
         SettingError: for a setting that cannot work, before anything is written, or for a damaged source.
     """
+    check_names(cfg, "prepare")
     check_settings(cfg)
     out = Path(str(cfg.out)).expanduser()
     try:

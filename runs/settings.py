@@ -21,6 +21,7 @@ from runs.build import SettingError
 from runs.devices import check_processes
 from runs.directory import higher_is_better
 from runs.kinds import wrong_kinds
+from runs.names import check_names
 
 MANY_RANKS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")  # in the environment of those that something else starts
 
@@ -60,6 +61,7 @@ def check_settings(cfg: DictConfig) -> None:
     Raises:
         SettingError: naming the setting, its value and what to give.
     """
+    check_names(cfg, "train")
     for group in ("model", "data", "trainer"):
         if not isinstance(cfg.get(group), DictConfig):
             raise SettingError(f"{group} is missing: choose one, as python train.py --help lists them")

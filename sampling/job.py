@@ -23,6 +23,7 @@ from losses.draws import mix
 from runs.build import SettingError, build_part, plain
 from runs.directory import first_free, one_writer, whole, write_json
 from runs.job import quiet_libraries
+from runs.names import check_names
 from runs.report import versions
 
 SHOWN = 64  # images in the picture
@@ -38,6 +39,7 @@ def run(cfg: DictConfig) -> tuple[Path | None, bool]:
         SettingError: for a setting that cannot work, before anything is drawn.
     """
     quiet_libraries()
+    check_names(cfg, "sample")
     check_groups(cfg, "fabric")
     check_kinds(cfg, {"num": 1, "batch_size": 1, "seed": 0}, ("mean",))
     saved = open_run(cfg)
