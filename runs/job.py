@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from callbacks import (
     EMA,
     BatchSizeFinder,
     LastValidation,
+    Pictures,
     RunCheckpoint,
     StopsAfterBatch,
     WholeSteps,
@@ -281,24 +283,14 @@ def test(
     started: float,
     best_figure: float,
 ) -> None:
-    """Tests the best weights, or the last if none were validated, writes result.json and prints the table."""
+    """Tests the best weights, or the last if none were validated: result.json, the table, and after these the pictures."""
     session, step = time.monotonic() - started, trainer.global_step
     best = getattr(run_checkpoint(trainer), "best_model_path", "") or None
     trainer.fit_loop.epoch_loop._batches_that_stepped = step  # which numbers the row of the test; one less after a resumed run
-    try:
-        with one_sentence(trainer):
-            metrics = trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)[0]
-    except (KeyboardInterrupt, SystemExit, SIGTERMException):
-        if (directory / LAST).is_file():
-            say(trainer, f"\ninterrupted in the test; to begin it again:\n  {resume_command(directory)}")
-        raise
-    tested = tested_step(trainer)
-    metrics.pop("images_seen", None)  # no figure of the test set
     facts = {
         "weights": "ema" if any(isinstance(callback, EMA) for callback in trainer.callbacks) else "raw",
         "checkpoint": Path(best).name if best else None,
         "step": step,
-        "tested_step": tested,
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "protocol": {**datamodule.protocol(), **model.protocol()},
         "choices": {key: value for key, value in HydraConfig.get().runtime.choices.items() if not key.startswith("hydra/")},
@@ -307,12 +299,59 @@ def test(
         **code_version(),
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
-        **totals(trainer, session, time.monotonic() - started),
+        "objective": best_figure,
     }
-    record = result_record(metrics, model.num_dims, model.levels, objective=best_figure, **facts)
-    if only_tries(trainer, cfg):
-        say(trainer, f"trainer.fast_dev_run={cfg.trainer.fast_dev_run}: training, validation and test work; there is no result")
-    elif trainer.is_global_zero:
-        write_json(directory / RESULT, record)
-        steps = f"step {tested}" + (f" of {step}, the best in validation" if tested < step else "")
-        Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, {steps}"))
+    pictures = [callback for callback in trainer.callbacks if isinstance(callback, Pictures)]
+
+    def report(trainer: Trainer, model: LikelihoodModule) -> None:
+        if only_tries(trainer, cfg):
+            text = f"trainer.fast_dev_run={cfg.trainer.fast_dev_run}: training, validation and test work; there is no result"
+            say(trainer, text)
+        elif trainer.is_global_zero:
+            write_result(trainer, model, directory, facts, session, time.monotonic() - started)
+        if pictures and trainer.is_global_zero:
+            say(trainer, f"drawing pictures of samples and of each KL, in {directory}")
+            end_by_sigterm()
+
+    others = [callback for callback in trainer.callbacks if callback not in pictures]
+    trainer.callbacks = [*others, LambdaCallback(on_test_end=report), *pictures]
+    try:
+        with one_sentence(trainer):
+            trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)
+    except (KeyboardInterrupt, SystemExit, SIGTERMException):
+        if (directory / RESULT).is_file():
+            say(trainer, "\ninterrupted while pictures were drawn; the result stands")
+        elif (directory / LAST).is_file():
+            say(trainer, f"\ninterrupted in the test; to begin it again:\n  {resume_command(directory)}")
+        raise
+
+
+def write_result(
+    trainer: Trainer, model: LikelihoodModule, directory: Path, facts: dict[str, Any], fitted: float, elapsed: float
+) -> None:
+    """Writes result.json and prints the table: figures come before pictures, which take their time.
+
+    Args:
+        trainer: the run's, as its test ends.
+        model: with the tested weights.
+        directory: the run's.
+        facts: what stands beside the figures.
+        fitted: seconds of this session when fit was over.
+        elapsed: seconds of this session.
+    """
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+    step, tested = facts["step"], tested_step(trainer)
+    facts = {**facts, "tested_step": tested, **totals(trainer, fitted, elapsed)}
+    write_json(directory / RESULT, result_record(metrics, model.num_dims, model.levels, **facts))
+    steps = f"step {tested}" + (f" of {step}, the best in validation" if tested < step else "")
+    Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, {steps}"))
+
+
+def end_by_sigterm() -> None:
+    """Has SIGTERM end what follows at once: Lightning looks for it between batches, and there are none any more."""
+
+    def end(*_: Any) -> None:
+        raise SIGTERMException
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)  # Lightning puts back what was there before

@@ -15,7 +15,9 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks import Pictures
 from runs.build import SettingError
 from runs.resuming import resume_command
 from tests.jobs import QUICK, ROOT, SMALL_DDPM, begin, command, configure, result, run_here
@@ -411,3 +413,22 @@ def test_a_run_of_one_picture_and_without_loggers_leaves_its_figures(tmp_path):
     )
     assert result(tmp_path / "run")["objective"] is None  # nothing was validated, and JSON has no NaN
     assert result(tmp_path / "run")["metrics"]["test/bpd"] > 0
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SIGTERMException)])
+def test_figures_come_before_pictures_which_a_signal_cuts_short(number, kind, tmp_path, monkeypatch, capsys):
+    seen, before = [], signal.getsignal(signal.SIGTERM)
+
+    def draw(self, *_):
+        seen.append(result(tmp_path / "run")["metrics"]["test/bpd"])
+        signal.raise_signal(number)
+        seen.append("went on")
+
+    monkeypatch.setattr(Pictures, "on_test_end", draw)
+    with pytest.raises(kind):
+        run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1")
+    output = capsys.readouterr().out
+    assert len(seen) == 1
+    assert f"{seen[0]:.4f}" in output[: output.index("drawing pictures")]
+    assert "interrupted while pictures were drawn; the result stands" in output
+    assert signal.getsignal(signal.SIGTERM) == before
