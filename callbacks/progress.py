@@ -12,15 +12,16 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 
 
 class LineProgress(ProgressBar):
-    """Prints one line after a validation, at most every ``seconds``.
+    """Prints one line after a validation, at most every ``seconds``, and one in between where nothing else was said for long.
 
     Args:
         seconds: the shortest time between two lines.
+        patience: seconds after which a line comes without a validation.
     """
 
-    def __init__(self, seconds: float = 5.0) -> None:
+    def __init__(self, seconds: float = 5.0, patience: float = 60.0) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self.patience = seconds, patience
         self.start = self.last = time.monotonic()
 
     def disable(self) -> None:
@@ -33,20 +34,49 @@ class LineProgress(ProgressBar):
         """Starts the clock."""
         self.start = self.last = time.monotonic()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prints where training is, if that was not said for long."""
+        if self._due(trainer, self.patience):
+            self._say(f"{_epoch(trainer)}   step {trainer.global_step}{_bound(trainer, 'train')}")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prints where a long validation is."""
+        if self._due(trainer, self.patience):
+            self._say(f"validation   batch {batch_idx + 1}/{trainer.num_val_batches[dataloader_idx]}")
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prints where a long test is."""
+        if self._due(trainer, self.patience):
+            self._say(f"test   batch {batch_idx + 1}/{trainer.num_test_batches[dataloader_idx]}")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the epoch, the step and the validation bound."""
-        now = time.monotonic()
-        if trainer.sanity_checking or not trainer.is_global_zero or now - self.last < self.seconds:
-            return
-        self.last = now
-        name = "val/bpd" if "val/bpd" in trainer.callback_metrics else "val/elbo"
-        value = trainer.callback_metrics.get(name)
-        bound = f"   {name} {value:.3f}" if value is not None else ""
-        total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        print(
-            f"epoch {trainer.current_epoch + 1}{total}   step {trainer.global_step}{bound}   {now - self.start:.0f} s",
-            flush=True,
-        )
+        if self._due(trainer, self.seconds):
+            self._say(f"{_epoch(trainer)}   step {trainer.global_step}{_bound(trainer, 'val')}")
+
+    def _due(self, trainer: Trainer, seconds: float) -> bool:
+        return time.monotonic() - self.last >= seconds and trainer.is_global_zero and not trainer.sanity_checking
+
+    def _say(self, text: str) -> None:
+        self.last = time.monotonic()
+        print(f"{text}   {self.last - self.start:.0f} s", flush=True)
+
+
+def _epoch(trainer: Trainer) -> str:
+    total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+    return f"epoch {trainer.current_epoch + 1}{total}"
+
+
+def _bound(trainer: Trainer, stage: str) -> str:
+    metrics = trainer.callback_metrics
+    name = next((name for name in (f"{stage}/bpd", f"{stage}/elbo") if name in metrics), None)
+    return f"   {name} {metrics[name]:.3f}" if name else ""
 
 
 class LiveProgress(RichProgressBar):
