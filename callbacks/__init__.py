@@ -3,7 +3,7 @@
 from callbacks.batch_size import BatchSizeFinder
 from callbacks.checkpoints import RunCheckpoint, all_finite, diverged, run_checkpoint, tested_step
 from callbacks.ema import EMA
-from callbacks.last_validation import LastValidation
+from callbacks.last_validation import LastValidation, out_of_patience
 from callbacks.pictures import Pictures
 from callbacks.progress import LineProgress, progress_bar
 from callbacks.seeding import SeededBatches
@@ -25,6 +25,7 @@ __all__ = [
     "WholeSteps",
     "all_finite",
     "diverged",
+    "out_of_patience",
     "progress_bar",
     "run_checkpoint",
     "tested_step",

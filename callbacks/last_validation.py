@@ -29,7 +29,7 @@ class LastValidation(Callback):
         def run_or_validate() -> None:
             for stop, patience in self._patience:
                 stop.patience = patience
-                trainer.should_stop |= stop.wait_count >= patience
+                trainer.should_stop |= out_of_patience(stop)
             loop.setup_data()
             done = loop.epoch_loop.val_loop.batch_progress.total
             if not loop.skip or not done.started == done.ready == done.processed + 1:
@@ -45,6 +45,11 @@ class LastValidation(Callback):
         loop = trainer.fit_loop.epoch_loop
         is_due = type(loop)._should_check_val_fx
         loop._should_check_val_fx = lambda fetcher: is_due(loop, fetcher) or (ends_here(trainer) and trainer.enable_validation)
+
+
+def out_of_patience(stop: EarlyStopping) -> bool:
+    """Whether early stopping has waited for as many validations as it may: a patience of 0 is spent by the first one, too."""
+    return stop.wait_count >= max(stop.patience, 1)
 
 
 def ends_here(trainer: Trainer) -> bool:

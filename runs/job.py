@@ -19,7 +19,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, Timer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -35,6 +35,7 @@ from callbacks import (
     StopsAfterBatch,
     WholeSteps,
     diverged,
+    out_of_patience,
     run_checkpoint,
     tested_step,
 )
@@ -224,6 +225,8 @@ def fit(
     try:
         with one_sentence(trainer):
             trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
+        if reason := ended_early(trainer):
+            say(trainer, reason)
     except SIGTERMException:  # of Ctrl-C, too, that waited for the end of a step
         stops = (callback for callback in trainer.callbacks if isinstance(callback, StopsAfterBatch))
         if not is_child_rank() and any(stop.stopped_by == signal.SIGINT for stop in stops):
@@ -234,6 +237,18 @@ def fit(
         if saver is not None and saver.interrupted:
             kept = f" from step {saver.kept_step}" if saver.kept_step != trainer.global_step else ""
             say(trainer, f"\ninterrupted at step {trainer.global_step}; to go on{kept}:\n  {resume_command(directory)}")
+
+
+def ended_early(trainer: Trainer) -> str | None:
+    """Returns why training ended before the length that was asked for; ``None`` if it did not."""
+    where = f"after step {trainer.global_step}, epoch {trainer.current_epoch}"
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and (callback.stopped_epoch or out_of_patience(callback)):
+            reason = getattr(callback, "stopping_reason_message", None)  # older versions of Lightning have none
+            return f"stopped early {where}: {reason or f'{callback.monitor} did not improve'}"
+        if isinstance(callback, Timer) and (callback.time_remaining() or 1) < 0:
+            return f"trainer.max_time is up {where}"
+    return None
 
 
 @contextmanager

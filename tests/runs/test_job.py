@@ -237,6 +237,25 @@ def test_early_stopping_and_training_without_averages(tmp_path):
     assert result(tmp_path / "run")["weights"] == "raw"
 
 
+@pytest.mark.parametrize(("patience", "steps"), [(0, 22), (1, 22), (2, 33)])
+def test_early_stopping_says_that_it_ended_the_run(patience, steps, tmp_path, capsys):
+    run_here(
+        tmp_path, "model=vae", "logger=csv", "callbacks=early_stopping", f"callbacks.early_stopping.patience={patience}",
+        "+callbacks.early_stopping.min_delta=1e6", "trainer.max_epochs=50",
+    )  # fmt: skip
+    assert result(tmp_path / "run")["step"] == steps
+    assert f"stopped early after step {steps}, epoch {steps // 11}: " in capsys.readouterr().out
+
+
+def test_a_run_says_that_its_time_was_up_and_one_that_ended_as_asked_says_nothing(tmp_path, capsys):
+    settings = ("model=vae", "logger=csv", "callbacks.pictures=null", "trainer.check_val_every_n_epoch=1000")
+    run_here(tmp_path / "one", *settings, "trainer.max_epochs=-1", "trainer.max_time=00:00:00:01")
+    step = result(tmp_path / "one" / "run")["step"]
+    assert f"trainer.max_time is up after step {step}, epoch " in capsys.readouterr().out
+    run_here(tmp_path / "two", *settings, "trainer.max_time=00:01:00:00")
+    assert "after step" not in capsys.readouterr().out
+
+
 def test_a_run_that_early_stopping_has_ended_is_over_unless_it_is_given_more_patience(tmp_path):
     settings = ("model=vae", "logger=csv", "callbacks=early_stopping", "+callbacks.early_stopping.min_delta=1e6")
     settings += ("callbacks.pictures=null", "trainer.max_epochs=50", "ckpt=auto")
