@@ -21,6 +21,8 @@ WHERE = (
     "trainer.inference_mode", "trainer.log_every_n_steps", "trainer.enable_model_summary",
 )  # fmt: skip
 
+IMAGES = ("dataset", "image_shape", "levels", "binarization", "split_seed", "std", "num_test", "num_tested")  # of a protocol
+
 
 @dataclass(frozen=True)
 class Group:
@@ -173,6 +175,27 @@ def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Gr
 def pooled_settings(groups: Sequence[Group]) -> list[str]:
     """Returns what varies within a group, as it may where one has said what to group by."""
     return sorted({key for own in groups for key in varied_settings(own.runs)})
+
+
+def other_images(groups: Sequence[Group]) -> str | None:
+    """Returns on which images runs were tested, if not all on the same: then their figures rank no models."""
+    protocols = [run.result.get("protocol", {}) for own in groups for run in own.runs]
+    protocols = [{"num_tested": protocol.get("num_test"), **protocol} for protocol in protocols]  # earlier versions tested all
+    kinds = {
+        repr([(key, value) for key, value in sorted(protocol.items()) if key in IMAGES or key.endswith("sha256")]): protocol
+        for protocol in protocols
+    }
+    if len(kinds) < 2:
+        return None
+    names = []
+    for protocol in kinds.values():
+        number, shape = protocol["num_tested"], protocol.get("image_shape", "?")
+        of = f" of {protocol['num_test']}" if number != protocol.get("num_test") else ""
+        names.append(f"{protocol.get('dataset', 'unknown')} ({number}{of} images, {'x'.join(map(str, shape))})")
+    same = len(set(names)) < len(names)
+    return f"tested on other images, so these figures rank no models: {'; '.join(sorted(set(names)))}" + (
+        "; of one name, but other files, splits, levels or binarisation" * same
+    )
 
 
 def _by_seed(group: Group) -> dict[str, float]:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from comparison.collect import Run, collect
-from comparison.groups import group, pooled_settings
+from comparison.groups import group, other_images, pooled_settings
 from comparison.page import page
 from comparison.tables import as_csv, as_markdown, terminal
 from runs.build import SettingError
@@ -37,7 +37,10 @@ def run(cfg: DictConfig) -> None:
         raise SettingError(f"runs={','.join(patterns)}: none of the {len(runs)} runs is finished ({left_out[0]})")
     groups = group(finished, _listed(cfg.by) if cfg.by else None, str(cfg.metric))
     measured = {one.path for own in groups for one in own.runs}
-    left_out += [f"no finite {cfg.metric}: {one.path}" for one in finished if one.path not in measured]
+    missing = [one for one in finished if one.path not in measured]
+    left_out += [f"no finite {cfg.metric}{_instead(one, cfg.metric)}: {one.path}" for one in missing]
+    if images := other_images(groups):
+        left_out.append(images)
     pooled = pooled_settings(groups)
     if pooled:
         left_out.append(f"not in by=, so means are over runs that differ in it: {', '.join(pooled)}")
@@ -63,6 +66,11 @@ def run(cfg: DictConfig) -> None:
 
 def _listed(value: object) -> list[str]:
     return [str(item) for item in value] if isinstance(value, ListConfig) else [str(value)]
+
+
+def _instead(one: Run, metric: str) -> str:
+    continuous = one.settings.get("data.levels", 256) is None and metric.endswith("bpd")
+    return " (continuous data has none: metric=test/elbo)" if continuous else ""
 
 
 def _line(one: Run) -> str:

@@ -68,6 +68,7 @@ class LikelihoodModule(LightningModule, ABC):
 
     Attributes:
         train_row: numbers that callbacks add to the next row of training metrics, by name.
+        num_scored: images of the last validation or test, over all ranks: fewer than there are where batches are limited.
 
     Args:
         image_shape: (C, H, W) of one example.
@@ -92,6 +93,7 @@ class LikelihoodModule(LightningModule, ABC):
         self.lr_factor = lr_scheduler or Constant()
         self.val_metric, self.test_metric = ElboMetric(), ElboMetric()
         self.train_row: dict[str, float | Tensor] = {}
+        self.num_scored = 0
         self._noted: list[Tensor] = []
         self._given: list[dict[str, Any]] = []
 
@@ -291,6 +293,7 @@ class LikelihoodModule(LightningModule, ABC):
     def _log_metric(self, stage: str, metric: ElboMetric) -> None:
         terms = {name: value.float() for name, value in metric.compute().items()}
         metric.reset()
+        self.num_scored = round(terms.pop("count").item())
         names = terms if stage == "test" else (*TERMS, "elbo_se")
         logged = {f"{stage}/{name}": terms[name] for name in names}
         headline = f"{stage}/elbo"

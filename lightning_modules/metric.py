@@ -47,9 +47,10 @@ class ElboMetric(Metric):
         self.count = self.count + terms.shape[1]
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns {term: mean, term_se: its standard error over examples, NaN for one}, nats per example."""
+        """Returns {term: mean, term_se: its standard error over examples, NaN for one}, nats per example, and their "count"."""
         mean = self.total / self.count
         variance = (self.square / self.count - mean.square()).clamp(min=0) * self.count / (self.count - 1)
         error = (variance / self.count).sqrt()
         means = dict(zip(TERMS, mean.unbind(), strict=True))
-        return means | {f"{name}_se": value for name, value in zip(TERMS, error.unbind(), strict=True)}
+        errors = {f"{name}_se": value for name, value in zip(TERMS, error.unbind(), strict=True)}
+        return means | errors | {"count": self.count.squeeze()}

@@ -356,10 +356,13 @@ def write_result(
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
     step, tested = facts["step"], tested_step(trainer)
-    facts = {**facts, "tested_step": tested, **totals(trainer, fitted, elapsed)}
+    protocol = {**facts["protocol"], "num_tested": model.num_scored}
+    facts = {**facts, "protocol": protocol, "tested_step": tested, **totals(trainer, fitted, elapsed)}
     write_json(directory / RESULT, result_record(metrics, model.num_dims, model.levels, **facts))
     steps = f"step {tested}" + (f" of {step}, the best in validation" if tested < step else "")
-    Console().print(table(metrics, model.num_dims, model.levels, f"test set, {facts['weights']} weights, {steps}"))
+    whole = model.num_scored == protocol["num_test"]  # else trainer.limit_test_batches left some out
+    images = "test set" if whole else f"{model.num_scored} of {protocol['num_test']} test images"
+    Console().print(table(metrics, model.num_dims, model.levels, f"{images}, {facts['weights']} weights, {steps}"))
 
 
 def end_by_sigterm() -> None:

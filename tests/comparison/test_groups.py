@@ -1,5 +1,6 @@
 """What varies is found, and means, deviations and paired differences are those of numpy and scipy."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from scipy import stats
 
 from comparison.collect import collect
-from comparison.groups import group, shown, varied_settings
+from comparison.groups import group, other_images, shown, varied_settings
 from runs.build import SettingError
 from tests.comparison.directories import DDPM, DDPM_SETTINGS, NATS, write_run, write_sweep
 
@@ -218,3 +219,21 @@ def test_by_and_metric_that_name_nothing_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(SettingError, match=r"metric=test/nope is in none.*val/bpd, .*test/elbo"):
         group(runs_of(tmp_path), None, "test/nope")
     assert len(group(runs_of(tmp_path), ["model/schedule", "seed"], "test/bpd")) == 3
+
+
+def test_figures_on_other_images_are_said_to_rank_nothing(tmp_path):
+    runs = [write_run(tmp_path / str(number), 2.0 + number, number) for number in range(3)]
+    protocol = {"dataset": "digits", "image_shape": [1, 8, 8], "levels": 17, "num_test": 180}
+
+    def found(*others):
+        for run, other in zip(runs, others, strict=True):
+            record = json.loads((run / "result.json").read_text())
+            (run / "result.json").write_text(json.dumps({**record, "protocol": {**protocol, "estimator": str(run), **other}}))
+        return other_images(group(runs_of(tmp_path / "*"), None, "test/bpd"))
+
+    assert found({}, {}, {"num_tested": 180}) is None  # how they were estimated may differ, and all were tested
+    few = found({}, {}, {"num_tested": 128})
+    assert few.endswith("rank no models: digits (128 of 180 images, 1x8x8); digits (180 images, 1x8x8)")
+    assert "mnist (180 images, 1x28x28)" in found({}, {"dataset": "mnist", "image_shape": [1, 28, 28]}, {})
+    assert found({}, {}, {"split_seed": 1}).endswith("of one name, but other files, splits, levels or binarisation")
+    assert found({"files_sha256": "a"}, {"files_sha256": "a"}, {"files_sha256": "b"}) is not None

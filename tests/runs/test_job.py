@@ -451,3 +451,14 @@ def test_figures_come_before_pictures_which_a_signal_cuts_short(number, kind, tm
     assert f"{seen[0]:.4f}" in output[: output.index("drawing pictures")]
     assert "interrupted while pictures were drawn; the result stands" in output
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_test_of_some_batches_says_of_how_many_images_it_is(tmp_path, capsys):
+    settings = ("model=vae", "logger=csv", "trainer.max_epochs=1", "data.batch_size=64", "callbacks.pictures=null")
+    for limits, tested, title in (
+        ((), 180, "test set, ema"),
+        (("trainer.limit_test_batches=2",), 128, "128 of 180 test images, ema"),
+    ):
+        run_here(tmp_path / str(tested), *settings, *limits)
+        assert result(tmp_path / str(tested) / "run")["protocol"]["num_tested"] == tested
+        assert title in capsys.readouterr().out
