@@ -177,11 +177,16 @@ class ImageDataModule(LightningDataModule, ABC):
 
         What training keeps beside them, mirror images and grey levels to draw bits from, is left out.
         """
-        images = self.splits[split]
+        images = self._images(split)
         if not isinstance(images, Tensor):
             return images
         images = images[: self.sizes[split]]
         return self.binarization.scored(images, self._bits(split)) if split == "train" else images
+
+    def _images(self, split: str) -> Images:
+        if not self.splits:
+            raise RuntimeError(f"{self.name} has not been read: call prepare_data() and setup() first, as a Trainer does")
+        return self.splits[split]
 
     def check_ranks(self, num: int) -> None:
         """Refuses what ``num`` ranks cannot share, after ``setup``.
@@ -199,15 +204,15 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Returns full batches in an order of their own for each epoch."""
-        return self._loader(ImageBatches(self.splits["train"], self.binarization), "train")
+        return self._loader(ImageBatches(self._images("train"), self.binarization), "train")
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Returns every validation image once, the same in every pass."""
-        return self._loader(ImageBatches(self.splits["val"]), "val")
+        return self._loader(ImageBatches(self._images("val")), "val")
 
     def test_dataloader(self) -> DataLoader[Tensor]:
         """Returns every test image once, the same in every pass."""
-        return self._loader(ImageBatches(self.splits["test"]), "test")
+        return self._loader(ImageBatches(self._images("test")), "test")
 
     def _loader(self, batches: ImageBatches, split: str) -> DataLoader[Tensor]:
         workers = self.num_workers

@@ -130,6 +130,20 @@ class SavedRun:
         """Builds the model, its weights not yet loaded."""
         return build_part(OmegaConf.create(self.content["config"]["model"]))
 
+    def trained(self, weights: str | None = None) -> LikelihoodModule:
+        """Returns the model with its weights, in evaluation mode, on the CPU.
+
+        Args:
+            weights: ``ema`` or ``raw``; by default those that the run was tested with.
+
+        Raises:
+            SettingError: if they are not there, not finite, or of another version.
+        """
+        (name,) = self.choose(weights, several=False)
+        model = self.model()
+        self.load(model, name)
+        return model.eval()
+
     def load(self, model: LikelihoodModule, weights: str) -> None:
         """Puts one of the sets of weights into the model.
 

@@ -9,7 +9,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -97,6 +97,18 @@ class LikelihoodModule(LightningModule, ABC):
         self._noted: list[Tensor] = []
         self._given: list[dict[str, Any]] = []
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **settings: Any) -> NoReturn:
+        """Is not how a run is loaded: what a model is built from may be code, which its checkpoint only names.
+
+        Raises:
+            TypeError: saying what loads one.
+        """
+        raise TypeError(
+            f"the model of {checkpoint_path} is built from the config beside its weights: "
+            f"evaluation.SavedRun.open({str(checkpoint_path)!r}).trained() does both"
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; the one that Lightning sets at every hook, forty times a step, without a module's bookkeeping."""
         if name == "_current_fx_name":
@@ -166,6 +178,8 @@ class LikelihoodModule(LightningModule, ABC):
         Raises:
             ValueError: if these are not images (B, C, H, W) of this model, or numbers where levels are due.
         """
+        if not isinstance(x, Tensor):
+            raise ValueError(f"images are a {type(x).__name__}: give one tensor (B, C, H, W), of (images, labels) the first")
         if x.shape[1:] != self.image_shape:
             raise ValueError(
                 f"images of shape {tuple(x.shape)} given to a model of (B, {', '.join(map(str, self.image_shape))})"
