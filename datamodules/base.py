@@ -144,11 +144,9 @@ class ImageDataModule(LightningDataModule, ABC):
         self.splits: dict[str, Images] = {}
         self.sizes: dict[str, int] = {}
 
-    def _expect(self, setting: str, stated: object, actual: object) -> None:
+    def _expect(self, setting: str, stated: object, actual: object, advice: str = "set it to that or leave it alone") -> None:
         if stated != actual:
-            raise ValueError(
-                f"data.{setting}={stated}: {self.name} has {setting}={actual}, so set it to that or leave it alone"
-            )
+            raise ValueError(f"data.{setting}={stated}: {self.name} has {setting}={actual}, so {advice}")
 
     @abstractmethod
     def load(self) -> Mapping[str, Images]:

@@ -49,6 +49,11 @@ class GaussianDataModule(ImageDataModule):
             for split, num in self.numbers.items()
         }
 
+    def describe(self) -> str:
+        """Returns one line about the data, after ``setup``, and the figure that no model can be expected to fall below."""
+        entropy = 0.5 * self.num_dims * math.log(2 * math.pi * math.e * self.std**2)
+        return f"{super().describe()}; -ELBO is at best {entropy:.2f} nats"
+
     def protocol(self) -> dict[str, Any]:
         """Returns what a reader must know to repeat the figures, after ``setup``."""
         return {**super().protocol(), "std": self.std}

@@ -162,6 +162,10 @@ class ImageFolderDataModule(ImageDataModule):
         Raises:
             MissingDataError: if a split has none.
         """
+        if not self.root.is_dir():
+            raise MissingDataError(
+                f"image_folder: {self.root.absolute()} is no folder; set data.root to where the pictures are"
+            )
         given = {split: _pictures(self.root / split) for split in ("train", "val", "test") if (self.root / split).is_dir()}
         held_out = {path for split in ("val", "test") for path in given.get(split, ())}
         pool = given.get("train") or [path for path in _pictures(self.root) if path not in held_out]

@@ -147,8 +147,8 @@ class StreamDataModule(ImageDataModule):
         """
         self.manifest = Manifest.read(self.root)
         self.name = self.manifest.name
-        self._expect("image_shape", list(self.image_shape), list(self.manifest.image_shape))
-        self._expect("levels", self.levels, self.manifest.levels)
+        self._expect("image_shape", list(self.image_shape), list(self.manifest.image_shape), "set it to that")
+        self._expect("levels", self.levels, self.manifest.levels, "set it to that")
         rows = dict.fromkeys(self.manifest.splits) | self._hold_out()
         return {
             split: ShardedImages(

@@ -61,10 +61,10 @@ def check_levels(levels: int) -> None:
     Raises:
         ValueError: if ``levels`` is not an integer in 2..256.
     """
+    if levels is None:
+        raise ValueError("this likelihood is for levels, and the data is continuous: choose model/likelihood=gaussian")
     if not is_whole(levels, 2) or levels > 256:
-        raise ValueError(
-            f"levels must be an integer from 2 to 256, got {levels!r}; continuous data has model/likelihood=gaussian"
-        )
+        raise ValueError(f"levels must be an integer from 2 to 256, got {levels!r}")
 
 
 def _split(params: Tensor, num: int) -> Tensor:

@@ -15,9 +15,10 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runs.commands import CONF
 from runs.faults import is_fault
 from runs.help import help_text
 from runs.names import no_setting
@@ -89,6 +90,9 @@ def start(main: Callable[[], object]) -> None:
     spin_briefly()
     take_lazy_help()
     print_what_a_terminal_lacks()
+    for item in sys.argv[1:]:
+        if re.fullmatch(r"paths\.output_dir=(null|~)?", item):  # Hydra makes the folder before anything else is looked at
+            sys.exit(f"error: {item}: give the folder for run directories, or leave it out")
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(Path(sys.argv[0]).stem))
         return
@@ -106,8 +110,7 @@ def start(main: Callable[[], object]) -> None:
     except ValueError as error:
         if _asked or "Config group override must be" not in str(error):
             raise
-        nothing = [item for item in sys.argv[1:] if item.partition("=")[2] in ("null", "~")] or sys.argv[1:]
-        sys.exit(f"error: {' '.join(nothing)}: what is chosen of a group is a name; ~GROUP leaves a group out")
+        sys.exit(f"error: {_no_choice()}")
     except OSError as error:
         if _asked or error.strerror is None:
             raise
@@ -116,6 +119,16 @@ def start(main: Callable[[], object]) -> None:
     finally:
         if not _asked:
             os.environ.pop(FULL, None)
+
+
+def _no_choice() -> str:
+    """Says how a group is left out, which Hydra lets nobody choose null of."""
+    item = next((item for item in sys.argv[1:] if item.partition("=")[2] in ("null", "~", "")), "null")
+    group = item.partition("=")[0]
+    entries = OmegaConf.load(CONF / f"{Path(sys.argv[0]).stem}.yaml").defaults
+    unset = any(not isinstance(entry, str) and entry.get(group, "") is None for entry in entries)
+    advice = "leave it out, as nothing is chosen of it by itself" if unset else f"~{group} leaves it out"
+    return f"{item}: what is chosen of a group is a name; {advice}"
 
 
 def _is_later_rank() -> bool:
@@ -159,6 +172,9 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
 def sentence(error: BaseException) -> str:
     """Returns an error's text in one line, without where Hydra searched and what it says of itself."""
     if isinstance(error, OverrideParseException):
+        run = {"evaluate": "run=", "sample": "run=", "compare": "runs="}.get(Path(sys.argv[0]).stem)
+        if run and "=" not in str(error.override):
+            return f"{error.override} is not KEY=VALUE: write {run}{error.override}"
         return (
             f"{error.override} is not KEY=VALUE as Hydra reads it; a value with signs in it takes quotes within quotes, as in "
             "'KEY=\"VALUE\"'"

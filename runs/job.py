@@ -180,7 +180,8 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> T
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found and found[1] in cfg.trainer:
             raise SettingError(unknown(cfg.trainer, found[1], inspect.signature(Trainer).parameters)) from None
-        raise SettingError(f"trainer: {' '.join(str(error).split())}") from error
+        setting = f".devices={cfg.trainer.devices}" if "devices" in str(error) else ""
+        raise SettingError(f"trainer{setting}: {' '.join(str(error).split())}") from error
 
 
 def build_callbacks(cfg: DictConfig, config: dict[str, Any], directory: Path) -> list[Callback]:

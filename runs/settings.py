@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -52,6 +53,8 @@ ELSEWHERE = {  # what the trainer is given here, and the setting that decides it
     "callbacks": "+callbacks.NAME._target_=...",
     "default_root_dir": "hydra.run.dir",
 }
+# those in which a bound is worth its name, the usual ones first
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "32", "64", "None")
 BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")  # of trainer
 
 
@@ -70,7 +73,9 @@ def check_settings(cfg: DictConfig) -> None:
     for name, instead in ELSEWHERE.items():
         if name in cfg.trainer:
             raise SettingError(f"trainer.{name}={cfg.trainer[name]}: leave it out and set {instead}")
-    if wrong := next(wrong_kinds(cfg), None):  # of the model, too, before data is read
+    _check_precision(cfg)
+    # the data's first, to which the model's refer; of the model, too, before data is read
+    if wrong := next(chain(wrong_kinds(cfg.data), wrong_kinds(cfg)), None):
         raise SettingError(wrong)
     _check_types(cfg)
     if "spawn" in str(cfg.trainer.strategy):
@@ -78,7 +83,6 @@ def check_settings(cfg: DictConfig) -> None:
             f"trainer.strategy={cfg.trainer.strategy} would send the run to new processes, which cannot take all of it: choose "
             "trainer=ddp or trainer=ddp_cpu, whose processes begin as this one did"
         )
-    _check_precision(cfg)
     _check_lengths(cfg)
     _check_monitor(cfg)
     if cfg.trainer.num_nodes > 1 and not any(name in os.environ for name in MANY_RANKS):
@@ -114,8 +118,8 @@ def _check_types(cfg: DictConfig) -> None:
 
 
 def _check_precision(cfg: DictConfig) -> None:
-    if str(cfg.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
-        raise SettingError(f"trainer.precision={cfg.trainer.precision} is not supported: choose bf16-mixed or 32-true")
+    if str(cfg.trainer.precision) not in PRECISIONS:
+        raise SettingError(f"trainer.precision={cfg.trainer.precision} is not supported: choose {' or '.join(PRECISIONS[:2])}")
     clipped = cfg.trainer.get("gradient_clip_val") and OmegaConf.select(cfg, "model.optimizer.fused")
     if str(cfg.trainer.precision) == "16-mixed" and clipped:
         raise SettingError(

@@ -192,7 +192,7 @@ def test_unreadable_pictures_are_named(tmp_path, max_memory_gb, num_workers):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(MissingDataError, match=r"image_folder: .*nowhere has 0 train, 0 val, 0 test pictures") as error:
+    with pytest.raises(MissingDataError, match=r"image_folder: .*nowhere is no folder; set data.root") as error:
         build(tmp_path / "nowhere")
     assert "\n" not in str(error.value)
 
