@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +18,8 @@ from callbacks import StopTogether
 from lightning_modules import LikelihoodModule
 from lightning_modules.sharding import networks
 from runs.build import SettingError
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 
 
 class StaticGraphDDP(DDPStrategy):
@@ -78,6 +80,9 @@ def make_trainer(
         # Lightning has NVML asked whether there is a GPU, for the sake of processes that fork; every optimiser step asks again,
         # and where there is no driver takes 0.2 ms to be told so
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    if settings.get("profiler") in PROFILERS:  # to files: a simple one has hundreds of lines
+        place = {"dirpath": settings.get("default_root_dir"), "filename": "profile"}
+        settings["profiler"] = PROFILERS[settings["profiler"]](**place)
     settings["profiler"] = settings.get("profiler") or Unprofiled()
     round_float32("trainer", float32_matmul_precision)
     if SLURMEnvironment.detect():

@@ -44,7 +44,7 @@ def hold(directory: Path) -> Iterator[None]:
     try:
         yield
     except SettingError:
-        if [path.name for path in directory.iterdir()] == [LOCK]:
+        if directory.is_dir() and [path.name for path in directory.iterdir()] == [LOCK]:
             (directory / LOCK).unlink()
             directory.rmdir()
         raise

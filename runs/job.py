@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import re
+import shutil
 import signal
 import threading
 import time
@@ -45,7 +46,7 @@ from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import RankError, SettingError, build_part, factory, plain
 from runs.devices import compile_networks, is_child_rank
-from runs.directory import CONFIG, FORMAT, LAST, RESULT, hold, withdraw_result, write_json
+from runs.directory import CONFIG, FORMAT, LAST, LOCK, RESULT, hold, withdraw_result, write_json
 from runs.entry import refusal
 from runs.faults import is_fault, is_somebodys
 from runs.kinds import unknown
@@ -76,6 +77,7 @@ def run(cfg: DictConfig) -> float:
 def run_in(directory: Path, cfg: DictConfig) -> float:
     """Runs the job in a directory that is held for it."""
     started = time.monotonic()
+    fresh = [path.name for path in directory.iterdir()] in ([], [LOCK])
     quiet_libraries()
     check_settings(cfg)
     config = plain(cfg)
@@ -87,17 +89,19 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
     model: LikelihoodModule = build_part(cfg.model)
     check_model(model, datamodule.image_shape)
     compile_networks(model, cfg.compile)
-    failed = True
+    failed, trainer = True, None
     try:
         trainer = build_trainer(cfg, config, directory)
         check_ranks(trainer, datamodule, cfg)
         # only now: what was refused is no run, not in W&B either, and may be tried again; nor is what only tries something out
+        first = describe(cfg, model, datamodule)
         if not only_tries(trainer, cfg):
+            first += f"\nrun directory: {directory}"
             if not trainer.fast_dev_run:
                 trainer.loggers = build_loggers(cfg, config, directory, step)
             if not is_child_rank():
                 OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
-        say(trainer, f"{describe(cfg, model, datamodule)}\nrun directory: {directory}")
+        say(trainer, first)
         fit(trainer, model, datamodule, checkpoint, directory)
         best = objective(trainer, model)
         test(trainer, model, datamodule, directory, cfg, started, best)
@@ -110,6 +114,9 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
         raise
     finally:
         finish_wandb(failed)
+        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # which keeps of each job how it ended
+        if fresh and not in_sweep and not is_child_rank() and trainer is not None and only_tries(trainer, cfg):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def quiet_libraries() -> None:
@@ -118,7 +125,6 @@ def quiet_libraries() -> None:
     lightning.handlers.clear()  # Hydra's root handler prints them already
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # what trainer.profiler=simple has found
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # a name that is nowhere is said in one sentence
     for message in (
         ".*does not have many workers.*",
@@ -325,9 +331,9 @@ def test(
             say(trainer, text)
         elif trainer.is_global_zero:
             write_result(trainer, model, directory, facts, session, time.monotonic() - started)
-        if pictures and trainer.is_global_zero:
-            say(trainer, f"drawing pictures of samples and of each KL, in {directory}")
-            end_by_sigterm()
+            if pictures:
+                say(trainer, f"drawing pictures of samples and of each KL, in {directory}")
+                end_by_sigterm()
 
     others = [callback for callback in trainer.callbacks if callback not in pictures]
     trainer.callbacks = [*others, LambdaCallback(on_test_end=report), *pictures]

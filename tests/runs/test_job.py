@@ -408,10 +408,27 @@ def test_a_signal_keeps_the_last_checkpoint_says_how_to_go_on_and_that_works(tmp
     assert result(tmp_path / "here")["step"] == (step // 11 + 2) * 11
 
 
-def test_a_profiler_says_what_it_found(tmp_path, caplog):
-    run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "trainer.profiler=simple")
-    assert "FIT Profiler Report" in caplog.text
-    assert "optimizer_step" in caplog.text
+def test_a_job_that_tries_something_out_leaves_nothing_and_takes_nothing(tmp_path, capsys):
+    tries = ("model=vae", "trainer.fast_dev_run=true")
+    run_here(tmp_path, *tries)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("kept")
+    run_here(tmp_path, *tries)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "kept"
+    with pytest.raises(SystemExit) as end:
+        run_here(tmp_path / "size", "model=vae", "callbacks=batch_size_finder", "callbacks.batch_size_finder.most=256")
+    assert not end.value.code
+    assert not list((tmp_path / "size").iterdir())
+    assert "run directory" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+def test_a_profiler_says_what_it_found_in_the_run_directory(profiler, tmp_path, capsys):
+    run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", f"trainer.profiler={profiler}")
+    assert "optimizer_step" in (tmp_path / "run" / "fit-profile.txt").read_text()
+    assert "test_step" in (tmp_path / "run" / "test-profile.txt").read_text()
+    assert "optimizer_step" not in capsys.readouterr().out
 
 
 def test_config_is_checked_against_the_data(tmp_path):
