@@ -1,11 +1,13 @@
 """Every choice of every group composes and builds; nothing in conf/ is read by nobody."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
@@ -15,6 +17,7 @@ from runs.kinds import wrong_kinds
 from tests.jobs import ROOT, configure
 
 CONF = ROOT / "conf"
+PAGE = ("callbacks", "logger", "trainer")  # groups on the page of choices beside the model's own
 OWNER = {  # the model that a nested group belongs to, and what else its choices need
     "schedule": ["model=ddpm"],
     "network": ["model=ddpm"],
@@ -148,3 +151,18 @@ def test_yaml_loads():
         assert isinstance(OmegaConf.to_container(OmegaConf.load(path)) or {}, dict), path
         assert path.name.islower()
     assert Path(CONF / "train.yaml").exists()
+
+
+def test_the_page_of_choices_has_all_of_them_and_says_which_are_taken(tmp_path):
+    page = (ROOT / "docs" / "choices.md").read_text()
+    bold, named = set(re.findall(r"\*\*`(\w+)`\*\*", page)), set(re.findall(r"`(\w+)`", page))
+    chosen = {"vae": "model=vae", "mhvae": "model=mhvae", "ddpm": "model=ddpm"}
+    for folder in sorted({path.parent for path in (CONF / "model").rglob("*.yaml")} | {CONF / name for name in PAGE}):
+        group = folder.relative_to(CONF).as_posix()
+        assert f"`{group}=`" in page
+        assert {path.stem for path in folder.glob("*.yaml")} <= named, group
+    for choice in chosen.values():
+        configure(tmp_path, choice)
+        taken = HydraConfig.get().runtime.choices
+        groups = [name for name in taken if name in PAGE or name.startswith("model/")]
+        assert {taken[name] for name in groups} <= bold | set(chosen), choice
