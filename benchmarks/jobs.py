@@ -22,7 +22,9 @@ from datamodules.base import ImageDataModule
 from lightning_modules import LikelihoodModule
 from loggers import finish_wandb
 from runs.build import build_part, plain
-from runs.job import build_loggers, build_trainer, fit, load_data, quiet_libraries
+from runs.data import load_data
+from runs.job import build_loggers, build_trainer, fit
+from runs.speech import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 

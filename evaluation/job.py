@@ -15,8 +15,8 @@ from evaluation.report import bound_record, bound_table, evaluation_record, writ
 from evaluation.setting import Setting, SplitImages
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from runs.build import SettingError, build_part
-from runs.job import quiet_libraries
 from runs.names import check_names
+from runs.speech import quiet_libraries
 
 
 def run(cfg: DictConfig) -> tuple[float, bool]:

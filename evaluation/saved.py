@@ -16,8 +16,8 @@ from torch import Tensor
 from callbacks import all_finite
 from lightning_modules import LikelihoodModule
 from runs.build import SettingError, build_part
+from runs.data import load_data
 from runs.directory import BEST, LAST, read_checkpoint
-from runs.job import load_data
 from runs.resuming import same_images
 
 OWN = ("losses", "diffusion", "networks", "datamodules", "lightning_modules")

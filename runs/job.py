@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import re
 import shutil
 import signal
-import threading
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,38 +19,31 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, Timer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from callbacks import (
-    EMA,
-    BatchSizeFinder,
     LastValidation,
-    Pictures,
     RunCheckpoint,
     StopsAfterBatch,
     WholeSteps,
     diverged,
     out_of_patience,
     run_checkpoint,
-    tested_step,
 )
 from datamodules import ImageDataModule
 from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
-from runs.build import RankError, SettingError, build_part, factory, plain
+from runs.build import SettingError, build_part, factory, plain
+from runs.data import load_data
 from runs.devices import compile_networks, is_child_rank
-from runs.directory import CONFIG, FORMAT, LAST, LOCK, RESULT, hold, withdraw_result, write_json
-from runs.entry import refusal
-from runs.faults import is_fault, is_somebodys
+from runs.directory import CONFIG, FORMAT, LOCK, hold, withdraw_result
 from runs.kinds import unknown
-from runs.report import code_version, facts_to_group_by, result_record, table, totals
+from runs.report import facts_to_group_by
 from runs.resuming import choose_checkpoint, resume_command, same_images
-from runs.settings import check_limits, check_model, check_ranks, check_settings, chosen_callbacks
-
-LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
+from runs.settings import check_limits, check_model, check_ranks, check_settings, chosen_callbacks, only_tries
+from runs.speech import one_sentence, quiet_libraries, say
+from runs.testing import test
 
 
 def run(cfg: DictConfig) -> float:
@@ -119,62 +108,11 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def quiet_libraries() -> None:
-    """Leaves of libraries' lines the warnings, once each: what a run does is said here, in fewer words."""
-    lightning = logging.getLogger("lightning")
-    lightning.handlers.clear()  # Hydra's root handler prints them already
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # a name that is nowhere is said in one sentence
-    for message in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*",
-        ".*smaller than the logging interval.*",
-        ".*exists and is not empty.*",
-        ".*FSDP2-wrapped module.*returned a view tensor.*",  # nothing writes to what a network returns
-        ".*have overridden `on_before_batch_transfer` in `LightningModule`.*",  # the data modules here have none
-        ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric has reduced over ranks already
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
-@rank_zero_only
-def say(trainer: Trainer, text: str) -> None:
-    """Prints once, on rank 0."""
-    print(text, flush=True)
-
-
 def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: ImageDataModule) -> str:
     """Returns the line a run starts with: what is trained on what."""
     choices = HydraConfig.get().runtime.choices
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"model={choices.model} ({parameters:,} parameters)  data={datamodule.describe()}  seed={cfg.seed}"
-
-
-def load_data(cfg: DictConfig) -> ImageDataModule:
-    """Builds the data module and reads the data now: what is missing is said before anything else is built.
-
-    By any rank: the first may have found what another node has not.
-    """
-    datamodule = build_part(cfg)
-    if not isinstance(datamodule, ImageDataModule):
-        raise SettingError(
-            f"data._target_={cfg._target_}: derive it from datamodules.ImageDataModule, whose load() gives images"
-        )
-    try:
-        if not is_child_rank():
-            datamodule.prepare_data()
-        datamodule.setup()
-        datamodule.train_dataloader()  # refuses a batch larger than the data here, not in the middle of fit
-    except (ValueError, OSError) as error:
-        raise (RankError if is_child_rank() else SettingError)(" ".join(str(error).split())) from error
-    return datamodule
-
-
-def only_tries(trainer: Trainer, cfg: DictConfig) -> bool:
-    """Whether this job leaves no run: it looks for a batch size, or whether all of it works; a sweep has a place for that."""
-    looks = any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)
-    return looks or (bool(cfg.trainer.get("fast_dev_run")) and HydraConfig.get().mode != RunMode.MULTIRUN)
 
 
 def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Trainer:
@@ -258,33 +196,6 @@ def ended_early(trainer: Trainer) -> str | None:
     return None
 
 
-@contextmanager
-def one_sentence(trainer: Trainer) -> Iterator[None]:
-    """Turns what data, a setting or another rank can do to a run into one sentence.
-
-    Raises:
-        SettingError: where every rank raises it, as one that a callback saw training diverge by.
-        RankError: where it may have been this rank alone.
-        Exception: as it was, for a fault of code of a kind that no refusal is.
-    """
-    try:
-        yield
-    except (FloatingPointError, MisconfigurationException) as error:
-        raise SettingError(" ".join(str(error).split())) from error
-    except ValueError as error:
-        raise RankError(" ".join(str(error).split())) from error
-    except OSError as error:
-        raise RankError(refusal(error)) from error
-    except Exception as error:
-        if "loading state_dict" in str(error):
-            raise SettingError(f"ckpt= has other weights than this model: {' '.join(str(error).split())[:300]}") from None
-        if trainer.world_size > 1 and any(sign in str(error) for sign in LOST):
-            raise RankError(f"rank {trainer.global_rank} has lost another one, which ended before it") from None
-        if is_fault(error) or is_somebodys(error):
-            raise
-        raise SettingError(" ".join(str(error).split())) from error  # Lightning's look at what a callback was given
-
-
 def objective(trainer: Trainer, model: LikelihoodModule) -> float:
     """Returns the best validation figure of the run; the last one if no checkpoint was kept; NaN if there was no validation."""
     elbo = getattr(run_checkpoint(trainer), "best_model_score", None)
@@ -294,89 +205,3 @@ def objective(trainer: Trainer, model: LikelihoodModule) -> float:
     if not math.isfinite(elbo):
         raise SettingError(str(diverged(f"val/elbo is {float(elbo)}", trainer.global_step)))  # without checkpoints
     return -float(elbo) if model.levels is None else nats_to_bits_per_dim(-float(elbo), model.num_dims)
-
-
-def test(
-    trainer: Trainer,
-    model: LikelihoodModule,
-    datamodule: ImageDataModule,
-    directory: Path,
-    cfg: DictConfig,
-    started: float,
-    best_figure: float,
-) -> None:
-    """Tests the best weights, or the last if none were validated: result.json, the table, and after these the pictures."""
-    session, step = time.monotonic() - started, trainer.global_step
-    best = getattr(run_checkpoint(trainer), "best_model_path", "") or None
-    trainer.fit_loop.epoch_loop._batches_that_stepped = step  # which numbers the row of the test; one less after a resumed run
-    facts = {
-        "weights": "ema" if any(isinstance(callback, EMA) for callback in trainer.callbacks) else "raw",
-        "checkpoint": Path(best).name if best else None,
-        "step": step,
-        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "protocol": {**datamodule.protocol(), **model.protocol()},
-        "choices": {key: value for key, value in HydraConfig.get().runtime.choices.items() if not key.startswith("hydra/")},
-        "overrides": list(HydraConfig.get().overrides.task),
-        "seed": cfg.seed,
-        **code_version(),
-        "devices": trainer.world_size,
-        "precision": str(trainer.precision),
-        "objective": best_figure,
-    }
-    pictures = [callback for callback in trainer.callbacks if isinstance(callback, Pictures)]
-
-    def report(trainer: Trainer, model: LikelihoodModule) -> None:
-        if only_tries(trainer, cfg):
-            text = f"trainer.fast_dev_run={cfg.trainer.fast_dev_run}: training, validation and test work; there is no result"
-            say(trainer, text)
-        elif trainer.is_global_zero:
-            write_result(trainer, model, directory, facts, session, time.monotonic() - started)
-            if pictures:
-                say(trainer, f"drawing pictures of samples and of each KL, in {directory}")
-                end_by_sigterm()
-
-    others = [callback for callback in trainer.callbacks if callback not in pictures]
-    trainer.callbacks = [*others, LambdaCallback(on_test_end=report), *pictures]
-    try:
-        with one_sentence(trainer):
-            trainer.test(model, datamodule, ckpt_path=best, verbose=False, weights_only=True)
-    except (KeyboardInterrupt, SystemExit, SIGTERMException):
-        if (directory / RESULT).is_file():
-            say(trainer, "\ninterrupted while pictures were drawn; the result stands")
-        elif (directory / LAST).is_file():
-            say(trainer, f"\ninterrupted in the test; to begin it again:\n  {resume_command(directory)}")
-        raise
-
-
-def write_result(
-    trainer: Trainer, model: LikelihoodModule, directory: Path, facts: dict[str, Any], fitted: float, elapsed: float
-) -> None:
-    """Writes result.json and prints the table: figures come before pictures, which take their time.
-
-    Args:
-        trainer: the run's, as its test ends.
-        model: with the tested weights.
-        directory: the run's.
-        facts: what stands beside the figures.
-        fitted: seconds of this session when fit was over.
-        elapsed: seconds of this session.
-    """
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-    step, tested = facts["step"], tested_step(trainer)
-    protocol = {**facts["protocol"], "num_tested": model.num_scored}
-    facts = {**facts, "protocol": protocol, "tested_step": tested, **totals(trainer, fitted, elapsed)}
-    write_json(directory / RESULT, result_record(metrics, model.num_dims, model.levels, **facts))
-    steps = f"step {tested}" + (f" of {step}, the best in validation" if tested < step else "")
-    whole = model.num_scored == protocol["num_test"]  # else trainer.limit_test_batches left some out
-    images = "test set" if whole else f"{model.num_scored} of {protocol['num_test']} test images"
-    Console().print(table(metrics, model.num_dims, model.levels, f"{images}, {facts['weights']} weights, {steps}"))
-
-
-def end_by_sigterm() -> None:
-    """Has SIGTERM end what follows at once: Lightning looks for it between batches, and there are none any more."""
-
-    def end(*_: Any) -> None:
-        raise SIGTERMException
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)  # Lightning puts back what was there before

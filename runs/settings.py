@@ -9,6 +9,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import is_backend_available
@@ -149,6 +151,12 @@ def _check_lengths(cfg: DictConfig) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
             raise SettingError(f"trainer.{name}={value}: give a number of batches of at least 1, or a fraction up to 1.0")
+
+
+def only_tries(trainer: Trainer, cfg: DictConfig) -> bool:
+    """Whether this job leaves no run: it looks for a batch size, or whether all of it works; a sweep has a place for that."""
+    looks = any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)
+    return looks or (bool(cfg.trainer.get("fast_dev_run")) and HydraConfig.get().mode != RunMode.MULTIRUN)
 
 
 def chosen_callbacks(cfg: DictConfig) -> dict[str, DictConfig]:

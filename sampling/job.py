@@ -22,9 +22,9 @@ from lightning_modules import DDPMLightningModule, LikelihoodModule
 from losses.draws import mix
 from runs.build import SettingError, build_part, plain
 from runs.directory import first_free, one_writer, whole, write_json
-from runs.job import quiet_libraries
 from runs.names import check_names
 from runs.report import versions
+from runs.speech import quiet_libraries
 
 SHOWN = 64  # images in the picture
 
