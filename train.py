@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import hydra
@@ -17,7 +16,7 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from runs.entry import TERMINATED, loading, told
+    from runs.entry import TERMINATED, is_later_rank, loading, told
 
     with loading():
         from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -32,9 +31,7 @@ def main(cfg: DictConfig) -> float | None:
     try:
         return run(cfg)
     except SettingError as error:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"  # what every rank of a node meets is said once
-        silent = not first and not isinstance(error, RankError)
-        sys.exit(1 if silent else told(error))
+        sys.exit(1 if is_later_rank() and not isinstance(error, RankError) else told(error))
     except SIGTERMException:  # Lightning kills rank 0, which may be writing, when a child of its ends with another code than 0
         sys.exit(0 if is_child_rank() else TERMINATED)
 

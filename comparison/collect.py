@@ -52,10 +52,15 @@ class Run:
         """The run's seed."""
         return self.settings.get("seed")
 
+    @property
+    def continuous(self) -> bool:
+        """Whether its data has no levels, and its figures no bits."""
+        return self.settings.get("data.levels", 256) is None
+
     def metric(self, name: str) -> float | None:
         """Returns a test metric, or the best validation figure for ``val/bpd``, which continuous data has in nats only."""
         if name == "val/bpd":
-            return None if self.settings.get("data.levels", 256) is None else self.result.get("objective")
+            return None if self.continuous else self.result.get("objective")
         return self.result.get("metrics", {}).get(name)
 
     @property

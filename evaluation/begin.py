@@ -17,7 +17,7 @@ from lightning_modules import LikelihoodModule
 from losses.checks import is_whole
 from runs.build import SettingError
 from runs.devices import check_processes, round_float32
-from runs.settings import MANY_RANKS
+from runs.settings import MANY_RANKS, check_precision
 
 
 def check_kinds(cfg: DictConfig, least: Mapping[str, int], switches: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -83,8 +83,7 @@ def build_fabric(cfg: DictConfig, adds_up: bool) -> Fabric:
         raise SettingError(
             f"fabric.num_nodes={cfg.num_nodes}, but nothing says where the others are: start by torchrun or in SLURM"
         )
-    if "true" in str(cfg.precision) and not str(cfg.precision).startswith(("32", "64")):
-        raise SettingError(f"fabric.precision={cfg.precision} is not supported: choose bf16-mixed or 32-true")
+    check_precision("fabric", cfg.precision)
     settings = OmegaConf.to_container(cfg, resolve=True)
     if adds_up and settings["accelerator"] == "auto" and torch.backends.mps.is_available():
         settings["accelerator"] = "cpu"  # Apple's GPUs have no float64

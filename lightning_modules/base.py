@@ -305,9 +305,10 @@ class LikelihoodModule(LightningModule, ABC):
         self._log_metric("test", self.test_metric)
 
     def _log_metric(self, stage: str, metric: ElboMetric) -> None:
-        terms = {name: value.float() for name, value in metric.compute().items()}
+        found = metric.compute()
         metric.reset()
-        self.num_scored = round(terms.pop("count").item())
+        self.num_scored = int(found.pop("count"))
+        terms = {name: value.float() for name, value in found.items()}
         names = terms if stage == "test" else (*TERMS, "elbo_se")
         logged = {f"{stage}/{name}": terms[name] for name in names}
         headline = f"{stage}/elbo"

@@ -55,7 +55,7 @@ class Likelihood(Protocol):
         """Draws an image: uint8 (B, C, H, W)."""
 
 
-def check_levels(levels: int) -> None:
+def check_levels(levels: int | None) -> None:
     """Refuses numbers of levels that a uint8 pixel cannot take.
 
     Raises:

@@ -64,18 +64,24 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
 
 
 def _with_setting(sentence: str, cfg: DictConfig, key: str) -> str:
-    """Returns a constructor's sentence after the setting it is about, where it names one by its last name alone."""
+    """Returns a constructor's sentence after the setting it is about, where it names that by its last name alone.
+
+    Several settings may have that name: then it is the one whose value the sentence gives, or none.
+    """
     if not key or re.search(rf"\b{key.partition('.')[0]}[./]", sentence):
         return sentence
-    leaves = flatten(OmegaConf.to_container(cfg), str(cfg._get_full_key(None) or ""))
-    meant = [leaf for leaf in leaves if re.search(rf"\b{leaf[0].rpartition('.')[2]}\b", sentence)]
-    given = [(name, value) for name, value in meant if re.search(rf"(got |=){re.escape(str(value))}(?![\w.])", sentence)]
-    if len(given or meant) == 1:
-        name, value = (given or meant)[0]
-        told = sentence.removeprefix(f"{name.rpartition('.')[2]}={value}")
-        return f"{name}={value}{told if told != sentence and told[0] in ': ' else f': {sentence}'}"
-    parents = {name.rpartition(".")[0] for name, _ in given or meant} or {key}
-    return sentence if "=" in sentence and not meant else f"{parents.pop() if len(parents) == 1 else key}: {sentence}"
+    leaves = flatten(OmegaConf.to_container(cfg, resolve=True), str(cfg._get_full_key(None) or ""))
+    named = {name: value for name, value in leaves if re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", sentence)}
+    given = [name for name, value in named.items() if re.search(rf"(got |=){re.escape(str(value))}(?![\w.])", sentence)]
+    meant = given or list(named)
+    if len(meant) == 1:
+        parent, _, last = meant[0].rpartition(".")
+        given = f"{last}={named[meant[0]]}"
+        return f"{parent}.{sentence}" if sentence.startswith(given) else f"{parent}.{given}: {sentence}"
+    if not named:
+        return sentence if "=" in sentence else f"{key}: {sentence}"
+    parents = {name.rpartition(".")[0] for name in meant}
+    return f"{parents.pop() if len(parents) == 1 else key}: {sentence}"
 
 
 def _key_of(error: InstantiationException, cfg: DictConfig) -> str:

@@ -97,7 +97,7 @@ def start(main: Callable[[], object]) -> None:
         print(help_text(Path(sys.argv[0]).stem))
         return
     global _asked
-    _asked = os.environ.get(FULL) == "1" and not _is_later_rank()  # of those the first one sets it
+    _asked = os.environ.get(FULL) == "1" and not is_later_rank()  # of those the first one sets it
     os.environ[FULL] = "1"  # Hydra then raises what it would print over many lines
     try:
         main()
@@ -131,7 +131,8 @@ def _no_choice() -> str:
     return f"{item}: what is chosen of a group is a name; {advice}"
 
 
-def _is_later_rank() -> bool:
+def is_later_rank() -> bool:
+    """Whether this process is not the first of its node: what all of them meet is said once."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
@@ -163,7 +164,7 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
     try:
         given, interrupted = run(cfg)
     except SettingError as error:
-        sys.exit(1 if _is_later_rank() else told(error))  # said once, by rank 0
+        sys.exit(1 if is_later_rank() else told(error))  # said once, by rank 0
     if interrupted:
         sys.exit(INTERRUPTED)
     return given

@@ -33,20 +33,25 @@ def is_fault(error: BaseException) -> bool:
     code was running is a fault of the code.
     """
     frames = _frames(error)
-    own = [frame for frame, _ in frames if not _is_library(frame)]
-    if not own:
+    own = _innermost_own(frames)
+    if own is None:
         return False  # a library's own look at settings
-    ours, (last, place) = _package(own[-1]) in PACKAGES, frames[-1]
+    ours, (last, place) = _package(own) in PACKAGES, frames[-1]
     if ours and isinstance(error, OSError):
         return False
     on_purpose = dis.opname[last.f_code.co_code[place]] == "RAISE_VARARGS"
-    return not (on_purpose and (last is own[-1] or (ours and _package(last) == "lightning")))
+    return not (on_purpose and (last is own or (ours and _package(last) == "lightning")))
 
 
 def is_somebodys(error: BaseException) -> bool:
     """Whether the innermost code that is no library's is not this framework's either."""
-    own = [frame for frame, _ in _frames(error) if not _is_library(frame)]
-    return bool(own) and _package(own[-1]) not in PACKAGES
+    own = _innermost_own(_frames(error))
+    return own is not None and _package(own) not in PACKAGES
+
+
+def _innermost_own(frames: list[tuple[FrameType, int]]) -> FrameType | None:
+    """Returns the last frame that is no library's."""
+    return next((frame for frame, _ in reversed(frames) if not _is_library(frame)), None)
 
 
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:

@@ -53,7 +53,8 @@ def check_names(cfg: DictConfig, command: str) -> None:
     groups = {key.split()[-1].split("@")[0] for entry in own.defaults if not isinstance(entry, str) for key in entry}
     text = OmegaConf.to_yaml(cfg)
     for name in cfg:
-        if name in {*own.keys(), *groups} or f"${{{name}" in text or f":{name}" in text:
+        referred = re.search(rf"\$\{{([\w.]+:)?{re.escape(str(name))}[.,\[}}]", text)  # as in ${name}, ${oc.decode:${name}}
+        if name in {*own.keys(), *groups} or referred:
             continue
         leaves = flatten(OmegaConf.to_container(cfg[name]) if OmegaConf.is_config(cfg[name]) else cfg[name], name)
         key, value = leaves[0] if leaves else (name, cfg[name])

@@ -55,8 +55,15 @@ ELSEWHERE = {  # what the trainer is given here, and the setting that decides it
     "callbacks": "+callbacks.NAME._target_=...",
     "default_root_dir": "hydra.run.dir",
 }
-# those in which a bound is worth its name, the usual ones first
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "32", "64", "None")
+PRECISIONS = (
+    "32-true",
+    "bf16-mixed",
+    "16-mixed",
+    "64-true",
+    "32",
+    "64",
+    "None",
+)  # the usual ones first
 BATCHES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches")  # of trainer
 
 
@@ -75,11 +82,12 @@ def check_settings(cfg: DictConfig) -> None:
     for name, instead in ELSEWHERE.items():
         if name in cfg.trainer:
             raise SettingError(f"trainer.{name}={cfg.trainer[name]}: leave it out and set {instead}")
-    _check_precision(cfg)
+    check_precision("trainer", cfg.trainer.precision)
     # the data's first, to which the model's refer; of the model, too, before data is read
     if wrong := next(chain(wrong_kinds(cfg.data), wrong_kinds(cfg)), None):
         raise SettingError(wrong)
     _check_types(cfg)
+    _check_scaled_gradients(cfg)
     if "spawn" in str(cfg.trainer.strategy):
         raise SettingError(
             f"trainer.strategy={cfg.trainer.strategy} would send the run to new processes, which cannot take all of it: choose "
@@ -119,9 +127,21 @@ def _check_types(cfg: DictConfig) -> None:
             raise SettingError(f"{name}={value}: give true or false")
 
 
-def _check_precision(cfg: DictConfig) -> None:
-    if str(cfg.trainer.precision) not in PRECISIONS:
-        raise SettingError(f"trainer.precision={cfg.trainer.precision} is not supported: choose {' or '.join(PRECISIONS[:2])}")
+def check_precision(group: str, precision: Any) -> None:
+    """Refuses a precision in which no bound would be worth its name.
+
+    Args:
+        group: ``trainer`` or ``fabric``, whose setting it is.
+        precision: the setting.
+
+    Raises:
+        SettingError: naming it, and the usual ones.
+    """
+    if str(precision) not in PRECISIONS:
+        raise SettingError(f"{group}.precision={precision} is not supported: choose {' or '.join(PRECISIONS[:2])}")
+
+
+def _check_scaled_gradients(cfg: DictConfig) -> None:
     clipped = cfg.trainer.get("gradient_clip_val") and OmegaConf.select(cfg, "model.optimizer.fused")
     if str(cfg.trainer.precision) == "16-mixed" and clipped:
         raise SettingError(

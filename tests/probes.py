@@ -1,6 +1,6 @@
 """What a command line can name for a job under test: callbacks that say what it does, and data of another kind."""
 
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from lightning_modules.sharding import local
 
@@ -20,6 +20,13 @@ class Shards(Callback):
 
 class ForeignData(LightningDataModule):
     """Data that is not this framework's."""
+
+    def __init__(self, **settings):
+        super().__init__()
+
+
+class Plain(LightningModule):
+    """A model without a bound."""
 
     def __init__(self, **settings):
         super().__init__()

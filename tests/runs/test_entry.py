@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
+from runs.build import SettingError
 from runs.entry import loading, start, take_lazy_help
-from tests.jobs import ROOT
+from runs.names import check_names
+from tests.jobs import ROOT, command
 
 
 def test_the_collector_leaves_alone_what_is_imported_and_searches_what_comes_after():
@@ -96,3 +99,30 @@ def test_argparse_takes_help_that_is_no_text_yet_and_checks_the_rest(monkeypatch
     action.help = "100%"
     with pytest.raises(ValueError, match="badly formed"):
         parser._check_help(action)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("evaluate.py run=x +devices=2", "devices=2: nothing reads it; is it fabric.devices?"),
+        ("sample.py run=x +split=val", "split=val: nothing reads it; leave it out"),
+        ("sample.py outputs/run", "outputs/run is not KEY=VALUE: write run=outputs/run"),
+        ("sample.py run=x sampler=null", "sampler=null: what is chosen of a group is a name; leave it out"),
+        ("compare.py runs=x +metrics=1", "metrics=1: nothing reads it; is it metric?"),
+        ("prepare.py out=x +sourc=1", "sourc=1: nothing reads it; is it source?"),
+    ],
+)
+def test_every_command_refuses_what_nothing_reads(line, sentence, tmp_path):
+    script, *overrides = line.split()
+    done = command(*overrides, cwd=tmp_path, script=script)
+    assert done.stderr.startswith(f"error: {sentence}")
+    assert len(done.stderr.splitlines()) == 1
+    assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
+
+
+def test_what_another_setting_refers_to_is_read(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for reference in ("${width}", "${oc.decode:${width}}", "${oc.select:width,3}", "${width[0]}"):
+        check_names(OmegaConf.create({"width": 3, "model": {"size": reference}}), "train")
+    with pytest.raises(SettingError, match=r"^width=3: nothing reads it"):
+        check_names(OmegaConf.create({"width": 3, "model": {"size": "${width_of}", "name": "a:width"}}), "train")

@@ -94,6 +94,23 @@ def test_continuous_data_is_reported_in_nats_and_never_in_bits(tmp_path, capsys)
         (["model=vae", "model.encoder.dropout=1.5"], "dropout"),
         (["callbacks.ema.decay=1"], "ema.decay"),
         (["callbacks.ema.decay=abc"], "callbacks.ema.decay=abc: give a number"),
+        (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn would send the run to new processes"),
+        (
+            ["model._target_=tests.probes.Plain", "~model.network"],
+            "tests.probes.Plain: derive it from lightning",
+        ),
+        (
+            ["model=vae", "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateFinder"],
+            "have one of these fields",
+        ),
+        (["model=vae", "model.decoder.num_blocks=0"], "model.decoder.num_blocks=0: num_blocks must be"),
+        (["model/schedule=sigmoid", "model.schedule.tau=-1"], "model.schedule: schedule=sigmoid needs start < end"),
+        (["data=image_folder", "data.image_size=abc"], "data.image_size=abc: give an integer"),
+        (["model=vae", "model.optimizer._target_=torch.optim.Adamm"], "torch.optim has no Adamm, is it Adam?"),
+        (
+            ["model=vae", "model.encoder._target_=nowhere.Net"],
+            "model.encoder._target_=nowhere.Net: Python finds no",
+        ),
         (["model.network.hidden_dim=0"], "model.network.hidden_dim=0: hidden_dim must"),
         (["model/schedule=constant", "model.schedule.beta=abc"], "model.schedule.beta=abc: give a number"),
         (["callbacks.pictures.num=0"], "pictures.num"),

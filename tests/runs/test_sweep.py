@@ -337,3 +337,26 @@ def test_what_a_launcher_refuses_is_said(tmp_path):
     assert not (tmp_path / "outputs").exists()
     (line,) = done.stderr.splitlines()
     assert re.match("error: .*n_jobs", line)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["model.beta=interval(1,2)"], "model.beta=interval(1,2): a grid takes values"),
+        (["seed=0,1", "hydra.run.dir=there"], "hydra.run.dir=there is the directory of one run"),
+        (["hydra/sweeper=search", "hydra.sweeper.n_trials=2"], "hydra/sweeper=search has nothing to search"),
+        (["hydra/sweeper=search", "seed=1,2", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: give an integer"),
+        (["hydra/sweeper=search", "seed=1,2", "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up: choose minimize"),
+        (["hydra/launcher=slurm", "seed=1,2"], "hydra/launcher=slurm: this machine has no srun"),
+    ],
+)
+def test_a_sweep_that_would_run_nothing_is_refused_before_it_has_a_directory(overrides, sentence, tmp_path):
+    if "hydra/sweeper=search" in overrides:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    if "hydra/launcher=slurm" in overrides:
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = command(*overrides[:1], "-m", *overrides[1:], cwd=tmp_path, PATH="/nowhere")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {sentence}")
+    assert done.returncode == 1
+    assert not (tmp_path / "outputs").exists()
