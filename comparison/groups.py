@@ -32,8 +32,8 @@ class Group:
         values: the settings that tell groups apart, by name.
         runs: finished, by seed.
         figures: the metric of each run.
-        difference: mean paired difference to the best group over common seeds, and half the width of its confidence interval;
-            (0, 0) for the best itself, NaN where fewer than two seeds are common.
+        difference: mean paired difference to the best group on the same images over common seeds, and half the width of its
+            confidence interval; (0, 0) for the best itself, NaN where fewer than two seeds are common.
         common_seeds: how many seeds that is taken over.
     """
 
@@ -58,6 +58,11 @@ class Group:
         """The settings' names, by their last words where these tell them apart."""
         ends = [_short(key) for key in self.values]
         return [end if ends.count(end) == 1 else key for end, key in zip(ends, self.values, strict=True)]
+
+    @property
+    def is_best(self) -> bool:
+        """Whether no other group that was tested on the same images is better."""
+        return self.difference == (0.0, 0.0) and not self.common_seeds
 
     @property
     def label(self) -> str:
@@ -139,7 +144,7 @@ def value_of(run: Run, key: str) -> Any:
 
 
 def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Group]:
-    """Groups finished runs, best first.
+    """Groups finished runs, best first among those that were tested on the same images.
 
     Args:
         runs: finished ones.
@@ -169,7 +174,7 @@ def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Gr
         own = sorted(own, key=lambda run: (len(str(run.seed)), str(run.seed), run.name))
         groups.append(Group({key: value_of(own[0], key) for key in keys}, own, [run.metric(metric) for run in own]))
     groups.sort(key=lambda one: sign * one.mean)
-    return [groups[0], *(_against(groups[0], other) for other in groups[1:])]
+    return [other if other is own[0] else _against(own[0], other) for own in _sets(groups) for other in own]
 
 
 def pooled_settings(groups: Sequence[Group]) -> list[str]:
@@ -177,23 +182,35 @@ def pooled_settings(groups: Sequence[Group]) -> list[str]:
     return sorted({key for own in groups for key in varied_settings(own.runs)})
 
 
+def tested_on(run: Run) -> tuple[str, str]:
+    """Returns what is equal for runs whose figures can be compared, the images they were tested on, and a name for people."""
+    protocol = run.result.get("protocol", {})
+    protocol = {"num_tested": protocol.get("num_test"), **protocol}  # earlier versions tested all
+    key = repr([(key, value) for key, value in sorted(protocol.items()) if key in IMAGES or key.endswith("sha256")])
+    number, shape = protocol["num_tested"], protocol.get("image_shape", "?")
+    of = f" of {protocol['num_test']}" if number != protocol.get("num_test") else ""
+    return key, f"{protocol.get('dataset', 'unknown')} ({number}{of} images, {'x'.join(map(str, shape))})"
+
+
+def _sets(groups: Sequence[Group]) -> list[list[Group]]:
+    """Returns the groups by the images they were tested on; all in one where a group's own runs were tested on several."""
+    sets: dict[tuple[str, str], list[Group]] = {}
+    for own in groups:
+        first, *others = dict.fromkeys(tested_on(run) for run in own.runs)
+        if others:
+            return [list(groups)]
+        sets.setdefault(first[::-1], []).append(own)
+    return [sets[name] for name in sorted(sets)]
+
+
 def other_images(groups: Sequence[Group]) -> str | None:
-    """Returns on which images runs were tested, if not all on the same: then their figures rank no models."""
-    protocols = [run.result.get("protocol", {}) for own in groups for run in own.runs]
-    protocols = [{"num_tested": protocol.get("num_test"), **protocol} for protocol in protocols]  # earlier versions tested all
-    kinds = {
-        repr([(key, value) for key, value in sorted(protocol.items()) if key in IMAGES or key.endswith("sha256")]): protocol
-        for protocol in protocols
-    }
+    """Returns on which images runs were tested, if not all on the same, and what their order then means."""
+    kinds = dict(tested_on(run) for own in groups for run in own.runs)
     if len(kinds) < 2:
         return None
-    names = []
-    for protocol in kinds.values():
-        number, shape = protocol["num_tested"], protocol.get("image_shape", "?")
-        of = f" of {protocol['num_test']}" if number != protocol.get("num_test") else ""
-        names.append(f"{protocol.get('dataset', 'unknown')} ({number}{of} images, {'x'.join(map(str, shape))})")
-    same = len(set(names)) < len(names)
-    return f"tested on other images, so these figures rank no models: {'; '.join(sorted(set(names)))}" + (
+    ranked = "each ranked by itself" if len(_sets(groups)) > 1 else "so these figures rank no models"
+    same = len(set(kinds.values())) < len(kinds)
+    return f"tested on other images, {ranked}: {'; '.join(sorted(set(kinds.values())))}" + (
         "; of one name, but other files, splits, levels or binarisation" * same
     )
 

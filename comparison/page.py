@@ -123,11 +123,11 @@ def table(groups: Sequence[Group], metric: str) -> str:
     kinds = ["name" if index < text else "number" for index in range(len(names))]
     head = "".join(f'<th tabindex="0" class="{kind}">{html.escape(name)}</th>' for kind, name in zip(kinds, names, strict=True))
     body = []
-    for index, row in enumerate(rows(groups)):
+    for index, (group, row) in enumerate(zip(groups, rows(groups), strict=True)):
         texts = [html.escape(cell) for cell in row]
         texts[text] = f'<a href="#{ANCHOR}{index}" title="what these runs differ in">{texts[text]}</a>'  # how many runs
         cells = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds, texts, strict=True))
-        body.append(f'<tr class="{"other" if index else "best"}">{cells}</tr>')
+        body.append(f'<tr class="{"best" if group.is_best else "other"}">{cells}</tr>')
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
@@ -145,9 +145,9 @@ def page(groups: Sequence[Group], metric: str, left_out: Sequence[str], title: s
 <title>{html.escape(title)}</title>
 <link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<p class="note">{len(runs)} runs in {len(groups)} groups, best first by {html.escape(metric)}. Click a heading to sort, a legend
-entry to hide its runs, a number of runs to see what they differ in. Differences are paired over common seeds, with a 95%
-confidence interval.</p>
+<p class="note">{len(runs)} runs in {len(groups)} groups, best first by {html.escape(metric)} among those on the
+same images. Click a heading to sort, a legend entry to hide its runs, a number of runs to see what they differ in. Differences
+are paired over common seeds, with a 95% confidence interval.</p>
 {table(groups, metric)}
 {f"<h2>Left out</h2><ul>{missing}</ul>" if missing else ""}
 {f"<h2>Plots</h2>{plots}" if plots else ""}

@@ -64,7 +64,7 @@ def _difference(group: Group) -> str:
     mean, half = group.difference
     if math.isnan(mean):
         return "no common seed"
-    if not group.common_seeds:  # with itself
+    if group.is_best:
         return "best"
     return f"{mean:+.4f}" if math.isnan(half) else f"{mean:+.4f} ± {half:.4f}"
 
@@ -90,8 +90,10 @@ def _table(groups: Sequence[Group], metric: str, settings: int, columns: int) ->
     for index, name in enumerate(names[:columns]):
         left = index < settings
         table.add_column(escape(name), justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    for index, row in enumerate(rows(groups)):
-        table.add_row(*map(escape, row[:columns]), style=None if index else "bold")
+    for group, row in zip(groups, rows(groups), strict=True):
+        if group.is_best and table.rows:
+            table.add_section()  # of other images
+        table.add_row(*map(escape, row[:columns]), style="bold" if group.is_best else None)
     return table
 
 
@@ -107,7 +109,7 @@ def as_csv(groups: Sequence[Group], metric: str) -> str:
 
 def _numbers(one: Group, metric: str, unit: str) -> dict[str, object]:
     """Returns {column: number} of a group; the difference to the best, its interval and its seeds are empty for the best."""
-    mean, half = one.difference if one.common_seeds else (math.nan, math.nan)
+    mean, half = (math.nan, math.nan) if one.is_best else one.difference
     return {
         "metric": metric,
         "n": len(one.runs),

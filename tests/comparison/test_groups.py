@@ -1,5 +1,6 @@
 """What varies is found, and means, deviations and paired differences are those of numpy and scipy."""
 
+import csv
 import json
 import math
 
@@ -9,6 +10,7 @@ from scipy import stats
 
 from comparison.collect import collect
 from comparison.groups import group, other_images, shown, varied_settings
+from comparison.tables import as_csv
 from runs.build import SettingError
 from tests.comparison.directories import DDPM, DDPM_SETTINGS, NATS, write_run, write_sweep
 
@@ -221,14 +223,20 @@ def test_by_and_metric_that_name_nothing_are_refused_in_one_sentence(tmp_path):
     assert len(group(runs_of(tmp_path), ["model/schedule", "seed"], "test/bpd")) == 3
 
 
+PROTOCOL = {"dataset": "digits", "image_shape": [1, 8, 8], "levels": 17, "num_test": 180}
+
+
+def is_tested_on(run, **protocol):
+    record = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**record, "protocol": {**PROTOCOL, **protocol}}))
+
+
 def test_figures_on_other_images_are_said_to_rank_nothing(tmp_path):
     runs = [write_run(tmp_path / str(number), 2.0 + number, number) for number in range(3)]
-    protocol = {"dataset": "digits", "image_shape": [1, 8, 8], "levels": 17, "num_test": 180}
 
     def found(*others):
         for run, other in zip(runs, others, strict=True):
-            record = json.loads((run / "result.json").read_text())
-            (run / "result.json").write_text(json.dumps({**record, "protocol": {**protocol, "estimator": str(run), **other}}))
+            is_tested_on(run, estimator=str(run), **other)
         return other_images(group(runs_of(tmp_path / "*"), None, "test/bpd"))
 
     assert found({}, {}, {"num_tested": 180}) is None  # how they were estimated may differ, and all were tested
@@ -237,3 +245,27 @@ def test_figures_on_other_images_are_said_to_rank_nothing(tmp_path):
     assert "mnist (180 images, 1x28x28)" in found({}, {"dataset": "mnist", "image_shape": [1, 28, 28]}, {})
     assert found({}, {}, {"split_seed": 1}).endswith("of one name, but other files, splits, levels or binarisation")
     assert found({"files_sha256": "a"}, {"files_sha256": "a"}, {"files_sha256": "b"}) is not None
+
+
+def test_models_are_ranked_among_those_on_the_same_images(tmp_path):
+    for seed in range(3):
+        for size, cost in ((14, 2.0), (7, 2.5), (3, 3.0)):
+            sizes = {"model.latent_dim": size}
+            is_tested_on(write_run(tmp_path / f"digits{size}{seed}", cost + seed / 10, seed, settings=sizes))
+            mnist = write_run(tmp_path / f"mnist{size}{seed}", 1 / cost + seed / 10, seed, {"data": "mnist"}, sizes)
+            is_tested_on(mnist, dataset="mnist")
+    groups = group(runs_of(tmp_path / "*"), None, "test/bpd")
+    rows = [(*one.values.values(), one.is_best) for one in groups]
+    assert rows == [
+        ("digits", 14, True), ("digits", 7, False), ("digits", 3, False),
+        ("mnist", 3, True), ("mnist", 7, False), ("mnist", 14, False),
+    ]  # fmt: skip
+    differences = [0, 0.5, 1, 0, 1 / 2.5 - 1 / 3, 1 / 2 - 1 / 3]
+    assert [one.difference[0] for one in groups] == pytest.approx(differences)
+    assert "each ranked by itself: digits (180 images, 1x8x8); mnist" in other_images(groups)
+    assert [row["difference"] == "" for row in csv.DictReader(as_csv(groups, "test/bpd").splitlines())] == [
+        row[2] for row in rows
+    ]
+    pooled = group(runs_of(tmp_path / "*"), ["model.latent_dim"], "test/bpd")
+    assert [one.is_best for one in pooled] == [True, False, False]  # means over both data sets, as was asked for
+    assert "rank no models" in other_images(pooled)
