@@ -187,6 +187,10 @@ class MLPDecoder(nn.Module):
 class MLPDenoiser(nn.Module):
     """The network of DDPM: an image and a step to ``outputs_per_channel`` numbers for each pixel.
 
+    Where the output is one image (the noise, or x_0), x_t times a gain that depends on the step alone is added to it. For
+    normal data that is all of the best answer, which normalised hidden units come near only slowly (``data=gaussian``, T = 100,
+    50 epochs: 94.6 nats with it, 448 without). Logits of levels have it already: ln q(x_t | level).
+
     Args:
         image_shape: (C, H, W).
         outputs_per_channel: P of the :class:`diffusion.Parameterization`.
@@ -220,6 +224,11 @@ class MLPDenoiser(nn.Module):
         self.head = nn.Sequential(
             nn.LayerNorm(hidden_dim), nn.SiLU(), PixelHead(hidden_dim, image_shape, outputs_per_channel, pixel_features)
         )
+        self.gain = None
+        if outputs_per_channel == 1:
+            self.gain = nn.Linear(2 * time_dim, 1)
+            nn.init.zeros_(self.gain.weight)
+            nn.init.zeros_(self.gain.bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns the network's output, parameter-major: x_t (B, C, H, W), t (B,) in 1..T -> (B, P·C, H, W)."""
@@ -227,4 +236,5 @@ class MLPDenoiser(nn.Module):
         h = self.stem(x_t.flatten(1))
         for block in self.blocks:
             h = block(h, condition)
-        return self.head(h)
+        output = self.head(h)
+        return output if self.gain is None else output + run_in_full_precision(self.gain, condition)[..., None, None] * x_t

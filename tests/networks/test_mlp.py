@@ -33,6 +33,18 @@ def test_denoiser_shape_and_dependence_on_the_step(shape, outputs):
     assert not torch.allclose(out[1], net(x_t, torch.tensor([1, 3, 500, 1000]))[1])
 
 
+def test_denoiser_of_one_image_has_the_best_answer_for_normal_data_in_its_reach():
+    net, x_t, t = MLPDenoiser((2, 4, 4), **SMALL), torch.randn(3, 2, 4, 4), torch.tensor([1, 2, 9])
+    assert not net.gain.weight.any()
+    before = net(x_t, t)
+    with torch.no_grad():
+        net.gain.bias.fill_(0.5)
+        net.gain.weight.normal_()
+    gains = ((net(x_t, t) - before) / x_t).flatten(1)
+    assert torch.allclose(gains, gains[:, :1].expand_as(gains), rtol=1e-3)  # one number for each step
+    assert gains[:, 0].unique().numel() == 3
+
+
 @pytest.mark.parametrize("pixel_features", [1, 2])
 def test_layout_is_parameter_major(pixel_features):
     head = PixelHead(5, (3, 2, 2), 2, pixel_features)
