@@ -201,10 +201,14 @@ class ImageFolderDataModule(ImageDataModule):
 
 
 def _digest(root: Path, splits: dict[str, list[Path]]) -> str:
-    """Returns what changes when a picture joins, goes, or comes into another split; not when the folder moves."""
+    """Returns what changes when a picture joins, goes, changes or comes into another split; not when the folder moves.
+
+    Of names and sizes in bytes: to read millions of pictures once more would take as long as an epoch.
+    """
     digest = hashlib.sha256()
     for split, paths in splits.items():
-        digest.update(repr((split, sorted(path.relative_to(root).as_posix() for path in paths))).encode())
+        files = sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
+        digest.update(repr((split, files)).encode())
     return digest.hexdigest()
 
 

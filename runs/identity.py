@@ -20,6 +20,7 @@ INCIDENTAL = (
     "trainer.enable_progress_bar", "callbacks.pictures", "callbacks.progress", "callbacks.vitals",
 )  # fmt: skip
 MULTIRUN = {"-m", "--multirun"}
+CHOOSE = (*DEFINES, "experiment", "recipe")  # what overrides of the parts that are hashed begin with
 
 
 def identity(cfg: DictConfig) -> str:
@@ -38,10 +39,24 @@ def identity(cfg: DictConfig) -> str:
     return digest(json.dumps(parts, sort_keys=True, default=str))
 
 
-def job_name(cfg: DictConfig) -> str:
-    """Returns the name of a job's directory in its sweep: model, data, seed and identity."""
+def job_name(cfg: DictConfig, varied: Sequence[str]) -> str:
+    """Returns the name of a job's directory in its sweep: model, data, seed and identity.
+
+    Args:
+        cfg: the job's config.
+        varied: its overrides that not all jobs of the sweep share. Where the sweep goes over what is not in the identity
+            (``ckpt``, ``data.root``), their digest joins the name, since two values are two jobs to whoever asks for both.
+    """
     choices = HydraConfig.get().runtime.choices
-    return f"{choices.model}-{choices.data}-s{cfg.seed}-{identity(cfg)}"
+    beside = sorted(item.lstrip("+") for item in varied if not _is_hashed(re.split("[=@]", item.lstrip("+~"))[0]))
+    suffix = f"-{digest(' '.join(beside))}" if beside else ""
+    return f"{choices.model}-{choices.data}-s{cfg.seed}-{identity(cfg)}{suffix}"
+
+
+def _is_hashed(key: str) -> bool:
+    """Whether an override's value is in :func:`identity`."""
+    incidental = any(f"{key}.".startswith(f"{name}.") for name in INCIDENTAL)
+    return re.split("[./]", key)[0] in CHOOSE and not incidental
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:

@@ -84,7 +84,9 @@ def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float |
         The job's objective; ``None`` for a job that failed, which ends neither the sweep nor the other jobs.
     """
     sweep = Path(HydraConfig.get().runtime.output_dir)
-    directory = sweep / job_name(cfg)
+    # a sweeper that leaves no record of what its jobs share names them by their identity alone
+    own = varied(HydraConfig.get().overrides.task, sweep) if (sweep / SWEEP).is_file() else ()
+    directory = sweep / job_name(cfg, own)
     try:
         if cfg.sweep.fresh and directory.exists():
             with hold(directory):
@@ -152,7 +154,15 @@ def varied(overrides: Sequence[str], sweep: Path) -> list[str]:
         common = OmegaConf.load(sweep / SWEEP).hydra.overrides.task
     except (OSError, AttributeError):
         return list(overrides)
-    return [item for item in overrides if item not in common]
+    return not_shared(overrides, common)
+
+
+def not_shared(overrides: Sequence[str], common: Sequence[str]) -> list[str]:
+    """Returns the overrides of a job whose keys a sweep gives several values, by keys: Hydra writes false as False in a job."""
+    parse = OverridesParser.create().parse_overrides
+    shared = {one.get_key_element() for one in parse(list(common)) if not one.is_sweep_override()}
+    own = zip(overrides, parse(list(overrides)), strict=True)
+    return [item for item, one in own if one.get_key_element() not in shared]
 
 
 def _name_in_wandb(cfg: DictConfig, sweep: Path, directory: Path, overrides: Sequence[str]) -> None:
@@ -220,10 +230,11 @@ class SweepReport(Callback):
         given = (f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items())  # of the config, as Hydra's
         for overrides in grid([*given, *config.hydra.overrides.task]):
             place = self.directory / f"refused-{digest(' '.join(overrides))}"
+            own = not_shared(overrides, config.hydra.overrides.task)
             try:
                 cfg = compose(config.hydra.job.config_name, overrides=overrides, return_hydra_config=True)
                 HydraConfig.instance().set_config(cfg)
-                job = job_name(cfg)
+                job = job_name(cfg, own)
             except (HydraException, OmegaConfBaseException) as error:
                 place.mkdir(exist_ok=True)
                 write_state(place, "failed", overrides, sentence(error))
@@ -235,7 +246,7 @@ class SweepReport(Callback):
                 self.planned.append(self.directory / job)
                 state, _ = read_state(self.planned[-1])
                 plan = _plan_of(cfg, state)
-            table.add_row(" ".join(item for item in overrides if item not in config.hydra.overrides.task), state, plan)
+            table.add_row(" ".join(own), state, plan)
         return table
 
     @classmethod

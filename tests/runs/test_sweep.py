@@ -7,8 +7,10 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from runs.identity import identity, job_name, with_sweep_directory
 from runs.sweep import run_in_sweep
@@ -23,6 +25,13 @@ RANKS = [*(item for item in JOB if "devices" not in item), *RECORD]
 
 def sweeps(directory):
     return sorted(path for path in (directory / "outputs" / "sweeps").iterdir() if path.is_dir())
+
+
+def write_pictures(folder, num, brightest):
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, brightest, (num, 8, 8, 3), dtype=np.uint8, endpoint=True)
+    for index, image in enumerate(noise):
+        Image.fromarray(image).save(folder / f"{index}.png")
 
 
 def figures(directory):
@@ -312,7 +321,7 @@ def test_a_sweep_of_the_config_is_planned_as_one_of_the_command_line(tmp_path):
 
 def test_a_job_that_goes_on_from_elsewhere_goes_on_from_its_own_checkpoint_once_it_has_one(tmp_path):
     cfg = configure(tmp_path, "model=vae", "ckpt=elsewhere.ckpt")
-    job = tmp_path / "run" / job_name(cfg)
+    job = tmp_path / "run" / job_name(cfg, ())
     seen = []
     assert run_in_sweep(cfg, lambda cfg: seen.append(cfg.ckpt)) is None
     (job / "checkpoints").mkdir()
@@ -320,6 +329,29 @@ def test_a_job_that_goes_on_from_elsewhere_goes_on_from_its_own_checkpoint_once_
     cfg = configure(tmp_path, "model=vae", "ckpt=elsewhere.ckpt")
     run_in_sweep(cfg, lambda cfg: seen.append(cfg.ckpt))
     assert seen == ["elsewhere.ckpt", "last"]
+
+
+def test_values_that_are_in_no_identity_are_jobs_of_their_own_where_a_sweep_goes_over_them(tmp_path):
+    cfg = configure(tmp_path, "model=vae")
+    usual = job_name(cfg, ())
+    assert job_name(cfg, ["seed=0", "model/schedule=cosine", "experiment=x", "trainer=ddp", "~callbacks.ema"]) == usual
+    beside = ["data.root=a", "data.root=b", "ckpt=a.ckpt", "compile=true", "paths.data_dir=a", "logger=csv", "+data.root=c"]
+    assert len({usual, *(job_name(cfg, [item]) for item in beside)}) == 1 + len(beside)
+    assert job_name(cfg, ["seed=1", "ckpt=a", "compile=true"]) == job_name(cfg, ["compile=true", "ckpt=a"])
+
+
+def test_a_sweep_over_data_sets_in_several_folders_runs_each(tmp_path):
+    for number, name in enumerate("ab"):
+        write_pictures(tmp_path / name, 30, brightest=255 >> 3 * number)
+    done = command(
+        "-m", "model=vae", "data=image_folder", "data.root=a,b", "data.image_size=8", "data.batch_size=8", "logger=csv",
+        "trainer.accelerator=cpu", "trainer.devices=1", "trainer.max_epochs=1", "callbacks.pictures=null", cwd=tmp_path,
+    )  # fmt: skip
+    assert "sweep: 2 of 2 jobs done" in done.stdout, done.stdout + done.stderr
+    (sweep,) = sweeps(tmp_path)
+    records = [result(path.parent) for path in sweep.glob("*/result.json")]
+    assert {record["protocol"]["folder"] for record in records} == {"a", "b"}
+    assert len({record["protocol"]["files_sha256"] for record in records}) == 2  # of the same names, but not the same files
 
 
 def test_a_job_that_a_callback_ends_ends_no_sweep(tmp_path):
