@@ -82,7 +82,7 @@ def test_a_refused_job_leaves_no_directory_and_nothing_is_lost_that_was_there(tm
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_sweep_leaves_a_job_to_the_process_that_runs_it(fresh, elsewhere, tmp_path, capsys):
     cfg = configure(tmp_path, "model=vae", f"sweep.fresh={fresh}")
-    job = tmp_path / "run" / job_name(cfg)
+    job = tmp_path / "run" / job_name(cfg, ())
     job.mkdir()
     (job / "job.json").write_text("as it was")
     process, ran = elsewhere(job), []
