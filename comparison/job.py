@@ -47,6 +47,8 @@ def run(cfg: DictConfig) -> None:
     seeds = [{str(run.seed) for run in own.runs} for own in groups]
     if any(own != seeds[0] for own in seeds):
         left_out.append("the seeds differ: rows stand by the means over all their runs, differences are over common seeds")
+    if any(len({str(run.seed) for run in own.runs}) < len(own.runs) for own in groups):
+        left_out.append("some rows have several runs of one seed, so their sd is not one over seeds")
     out = _new_directory(Path(str(cfg.out)))
     console = Console()
     console = console if console.is_terminal else Console(width=10**4)  # a file has no edge

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, write_json
 from runs.entry import INTERRUPTED, sentence, start
+from runs.faults import is_fault
 from runs.identity import digest, job_name
 from runs.relaunch import one_job
 from runs.search import STUDY, go_on, is_search, refused_search
@@ -130,7 +131,8 @@ def _run_held(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Path, 
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
-        write_state(directory, "failed", overrides, f"{type(error).__name__}: {reason}"[:500])
+        kind = f"{type(error).__name__}: " if is_fault(error) else ""  # a refusal is a sentence as it is
+        write_state(directory, "failed", overrides, f"{kind}{reason}"[:500])
         print(f"job {directory.name} failed: {reason[:300]} (see {directory / 'error.txt'})", flush=True)
         return None
     write_state(directory, "done", overrides)

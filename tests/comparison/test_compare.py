@@ -277,6 +277,16 @@ def test_that_groups_have_other_seeds_is_said(tmp_path, capsys):
     assert all("the seeds differ" in (out / f"comparison.{ending}").read_text() for ending in ("html", "md"))
 
 
+def test_several_runs_of_one_seed_in_a_row_are_said(tmp_path, capsys):
+    for name, seed in (("first", 0), ("other", 1)):
+        write_run(tmp_path / "runs" / name, 2.0 + seed, seed)
+    compare(tmp_path / "seeds", tmp_path / "runs")
+    assert "several runs of one seed" not in capsys.readouterr().out
+    write_run(tmp_path / "runs" / "again", 2.5, 1)
+    compare(tmp_path / "repeated", tmp_path / "runs")
+    assert "some rows have several runs of one seed, so their sd is not one over seeds" in capsys.readouterr().out
+
+
 def test_comparisons_that_start_at_once_are_all_kept(tmp_path):
     write_run(tmp_path / "runs" / "0", 2.0)
     write_run(tmp_path / "runs" / "1", 2.1)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from runs.build import SettingError
 from runs.identity import identity, job_name, with_sweep_directory
-from runs.sweep import run_in_sweep
+from runs.sweep import read_state, run_in_sweep
 from tests.jobs import QUICK, SMALL_DDPM, begin, command, configure, result, run_here
 from tests.runs.cluster import make_cluster
 from tests.runs.ranks import RECORD, assert_ranks_agree
@@ -90,6 +91,7 @@ def test_jobs_are_run_once_failures_stop_nobody_and_all_is_said(tmp_path):
     assert sorted(state["status"] for state in states.values()) == ["done", "done", *["failed"] * 4]
     reasons = [state["reason"] for state in states.values() if state["status"] == "failed"]
     assert [sum(word in reason for reason in reasons) for word in ("training diverged", "model.optimizer.lr=-1")] == [2, 2]
+    assert not any("Error: " in reason for reason in reasons)  # sentences as they are, none of them a fault of code
     assert "2 of 6 jobs done" in first.stdout
     # one W&B run for each job that got so far, in one group, tagged by what varies
     runs = [next(r.run for r in records(path) if r.WhichOneof("record_type") == "run") for path in wandb_files(tmp_path)]
@@ -329,6 +331,16 @@ def test_a_job_that_goes_on_from_elsewhere_goes_on_from_its_own_checkpoint_once_
     cfg = configure(tmp_path, "model=vae", "ckpt=elsewhere.ckpt")
     run_in_sweep(cfg, lambda cfg: seen.append(cfg.ckpt))
     assert seen == ["elsewhere.ckpt", "last"]
+
+
+def test_a_fault_of_code_is_recorded_with_its_class_and_a_refusal_as_its_sentence(tmp_path):
+    def refuse(cfg):
+        raise SettingError("model.depth=0: give at least 1")
+
+    for run, reason in ((refuse, "model.depth=0: give at least 1"), (lambda cfg: {}["posterior"], "KeyError: 'posterior'")):
+        cfg = configure(tmp_path, "model=vae")
+        assert run_in_sweep(cfg, run) is None
+        assert read_state(tmp_path / "run" / job_name(cfg, ())) == ("failed", reason)
 
 
 def test_values_that_are_in_no_identity_are_jobs_of_their_own_where_a_sweep_goes_over_them(tmp_path):
