@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluation.estimators import LEAST_REPLICATES, MOST_CALLS, Estimator, Prepared
+from evaluation.estimators import MOST_CALLS, Estimator, Prepared
 from evaluation.profile import StepMoments, measure_steps
+from evaluation.rows import LEAST_REPLICATES
 from evaluation.setting import Setting
 from evaluation.statistics import Figure, figure
 from lightning_modules import DDPMLightningModule
@@ -37,7 +38,7 @@ class Bound:
         enough: R that would have given the wished precision, if it was missed and R not set.
         moments: the steps of a DDPM, measured on a few images, or ``None``.
         pilot_calls: network calls spent before the evaluation, over all images.
-        interrupted: whether Ctrl-C cut it short: then N is what was finished.
+        interrupted: whether Ctrl-C cut it short: then N and R are what was finished.
     """
 
     terms: dict[str, Figure]
@@ -98,7 +99,7 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     if finished is not None:
         if finished.sum() < 2:
             raise SettingError("interrupted before two images were finished: nothing to report")
-        terms, groups, order = terms[finished], groups[finished], order[finished]
+        terms, groups, order, replicates = terms[finished], groups[finished], order[finished], terms.shape[1]
     values = terms @ torch.tensor([*SIGNS.values()], dtype=terms.dtype)
     figures = {name: figure(terms[..., i], groups) for i, name in enumerate(SIGNS)}
     figures["elbo"] = figure(values, groups)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusion.step_profile import proposal_from, uniform_proposal
 from evaluation.profile import StepMoments
+from evaluation.rows import LEAST_REPLICATES
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from losses import Elbo
 from losses.checks import is_whole
@@ -38,9 +39,6 @@ class Prepared:
     estimate: Callable[[Tensor], Elbo]
     calls: int
     description: str
-
-
-LEAST_REPLICATES = 2  # of each image: from one, the noise cannot be read off
 
 
 class Pilot(Protocol):

@@ -17,6 +17,7 @@ from lightning_modules import LatentModule, LikelihoodModule
 from losses.elbo import nats_to_bits_per_dim
 
 BALANCE_DRAWS = 8
+FEW_EFFECTIVE = 5  # of the importance-weighted bound's draws: it is then low by a tenth of a nat or more
 
 
 def extras(setting: Setting, bound: Bound, records: dict[str, Any]) -> dict[str, Any]:
@@ -112,9 +113,11 @@ def extra_lines(extra: dict[str, Any], model: LikelihoodModule) -> list[str]:
 
     lines = []
     if iwae := extra.get("iwae"):
+        gap, effective = iwae["gap_to_elbo"], iwae["effective_samples"]
+        few = ": a few draws carry the sum, and ln p(x) may be far above" if effective < FEW_EFFECTIVE < iwae["samples"] else ""
         lines.append(
-            f"importance-weighted bound, K = {iwae['samples']}: {shown(iwae)}; {iwae['gap_to_elbo']['mean']:.3f} nats above "
-            f"the ELBO; {iwae['effective_samples']:.1f} effective samples"
+            f"importance-weighted bound, K = {iwae['samples']}: {shown(iwae)}; {gap['mean']:.3f} ± {gap['se']:.3f} nats "
+            f"above the ELBO; {effective:.1f} effective samples{few}"
         )
     if flow := extra.get("probability_flow"):
         lines.append(f"probability flow: {shown(flow)} — {flow['protocol']}")

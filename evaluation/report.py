@@ -63,17 +63,20 @@ def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
     """Returns the table of the terms with their errors: over images, and of the estimate's noise."""
     state = f"interrupted: {len(bound.order)} images so far; " if bound.interrupted else ""
     missed = f"; for the wished precision of the noise: replicates={bound.enough}" if bound.enough else ""
+    apart = bound.replicates > 1
+    number = f"{bound.replicates} replicates of {len(bound.order)}" if apart else f"one estimate of each of {len(bound.order)}"
+    errors = "s: of other images (images), of another seed (noise)" if apart else " of both: replicates=2 tells them apart"
     table = Table(
         title=title,
         title_justify="left",
-        caption=f"{state}{bound.prepared.description}; {bound.replicates} replicates of {len(bound.order)} images; "
-        f"± standard errors: of other images (images), of another seed (noise){missed}",
+        caption=f"{state}{bound.prepared.description}; {number} images; ± standard error{errors}{missed}",
         caption_justify="left",
     )
     unit = "nats/image" if model.levels is not None else "nats (log-density)"
     scaled = model.levels is not None
     scale = nats_to_bits_per_dim(1.0, model.num_dims) if scaled else 1.0
-    headings = ["term of −ELBO", unit, *(["bits/dim"] if scaled else []), "± images", "± noise"]
+    headings = ["term of −ELBO", unit, *(["bits/dim"] if scaled else [])]
+    headings += ["± images", "± noise"] if apart else ["± images and noise"]
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
     for name, sign in COSTS.items():
@@ -81,7 +84,7 @@ def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
         if name == "elbo":
             table.add_section()
         cells = [f"{sign * value.mean:.3f}", *([f"{sign * value.mean * scale:.4f}"] if scaled else [])]
-        cells += [error(value.se_images * scale, 4), error(value.se_noise * scale, 4)]
+        cells += [error(part * scale, 4) for part in ((value.se_images, value.se_noise) if apart else (value.se,))]
         table.add_row(TITLES[name], *cells, style="bold" if name == "elbo" else None)
     return table
 

@@ -18,6 +18,7 @@ from losses.draws import Own, mix, own_generators, seeded
 
 LARGEST_GROUP = 8  # images that share one low-discrepancy set of steps
 LEAST_GROUPS = 32  # independent groups, as far as there are images: the noise's standard error has as many degrees of freedom
+LEAST_REPLICATES = 2  # of each image: from one, the noise cannot be read off
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,7 @@ def over_batches(
     batch_size: int,
     done: Callable[[int], None],
     share: bool = True,
+    at_once: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (row numbers (b,), ``function``'s values of these rows, (b, *) float64 on the CPU): this rank's share.
 
@@ -88,10 +90,12 @@ def over_batches(
         batch_size: rows at once.
         done: told how many rows were finished, over all ranks as far as this one can know.
         share: whether ranks share the rows, each image on one of them; otherwise every rank takes them all.
+        at_once: replicates of an image before the next image has its turn; ``None`` is all of them.
     """
     rank, ranks = (fabric.global_rank, fabric.world_size) if share else (0, 1)
     count = rows.replicates
-    mine = [image * count + k for image in range(rank, len(rows.order), ranks) for k in range(count)]
+    turns = [range(count)[first : first + (at_once or count)] for first in range(0, count, at_once or count)]
+    mine = [image * count + k for turn in turns for image in range(rank, len(rows.order), ranks) for k in turn]
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
         x, own = rows.batch(numbers)
@@ -110,7 +114,10 @@ def gather(
     done: Callable[[int], None] = lambda _: None,
     partial: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns (values (N, R, width) float64, which images were finished where Ctrl-C cut it short: bool (N,), else none).
+    """Returns (values (N, R, width) float64, which images count where Ctrl-C cut it short: bool (N,), else none).
+
+    Every image has two replicates before any has more, so what Ctrl-C leaves is of all images as soon as it can be, with as
+    many replicates as each of them has: R is then smaller.
 
     Args:
         rows: what is evaluated.
@@ -119,18 +126,20 @@ def gather(
         fabric: see :func:`over_batches`.
         batch_size: rows at once.
         done: see :func:`over_batches`.
-        partial: returns what was finished after Ctrl-C, instead of passing the interrupt on. The other rows are NaN, those
-            of other ranks too, which cannot be asked any more.
+        partial: returns what was finished after Ctrl-C, instead of passing the interrupt on. Images of other ranks do not
+            count, which cannot be asked any more.
     """
     values = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
     computed = torch.zeros(len(rows), dtype=torch.bool)
     try:
-        for numbers, found in over_batches(rows, function, fabric, batch_size, done):
+        for numbers, found in over_batches(rows, function, fabric, batch_size, done, at_once=LEAST_REPLICATES):
             values[numbers], computed[numbers] = found, True
     except KeyboardInterrupt:
         if not partial:
             raise
-        return values.view(len(rows.order), rows.replicates, width), computed.view(len(rows.order), -1).all(1)
+        counts = computed.view(len(rows.order), rows.replicates).sum(1)
+        common = max([min(LEAST_REPLICATES, rows.replicates), *counts[counts > 0].unique()[:1].tolist()])
+        return values.view(len(rows.order), rows.replicates, width)[:, :common], counts >= common
     if fabric.world_size > 1:
         # every row was computed on one rank
         values = fabric.all_reduce(torch.where(computed[:, None], values, 0.0), reduce_op="sum").cpu()

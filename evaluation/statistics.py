@@ -17,7 +17,8 @@ class Figure:
         mean: the estimate.
         se: its standard error, over images and noise together: what another test set would move it by.
         se_images: the part that more draws would not lower.
-        se_noise: the Monte-Carlo part: what another seed would move it by on these very images. NaN with one replicate.
+        se_noise: the Monte-Carlo part: what another seed would move it by on these very images. With one replicate both parts
+            are NaN, as they cannot be told apart.
         num: images.
     """
 
@@ -45,9 +46,9 @@ def figure(values: Tensor, groups: Tensor) -> Figure:
     """
     num, replicates = values.shape
     per_image = values.mean(1)
-    if replicates == 1:  # what is noise and what is images cannot be told apart
+    if replicates == 1:
         se = (per_image.var() / num).sqrt().item() if num > 1 else math.nan
-        return Figure(per_image.mean().item(), se, se, math.nan, num)
+        return Figure(per_image.mean().item(), se, math.nan, math.nan, num)
     _, index = groups.unique(return_inverse=True)
     sums = torch.zeros(int(index.max()) + 1, replicates, dtype=values.dtype).index_add_(0, index, values)
     of_mean = sums.var(1).sum().item() / replicates / num**2

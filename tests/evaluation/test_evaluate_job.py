@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 import evaluation.estimate
 import evaluation.extras
+from evaluation.extras import extra_lines
 from evaluation.profile import StepMoments
 from evaluation.report import steps_record, write_new
 from evaluation.rows import Rows
@@ -377,13 +378,27 @@ def test_replicates_that_one_chose_are_not_called_too_few(runs, tmp_path, capsys
     assert "wished precision" not in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_tables_columns_are_what_their_headings_say(runs, tmp_path, capsys):
+@pytest.mark.parametrize(("replicates", "errors"), [(2, ["bpd_se_images", "bpd_se_noise"]), (1, ["bpd_se"])])
+def test_the_tables_columns_are_what_their_headings_say(replicates, errors, runs, tmp_path, capsys):
     run = runs.copy("vae", tmp_path)
     capsys.readouterr()  # what training printed
-    evaluate_here(run, "replicates=2", *QUICK)
-    (total,) = (line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    evaluate_here(run, f"replicates={replicates}", *QUICK)
+    printed = capsys.readouterr().out
+    (total,) = (line for line in printed.splitlines() if "total" in line)
     cells = [cell.strip() for cell in total.strip("│┃ ").split("│")]
-    assert cells[2:] == [f"{record(run)[name]:.4f}" for name in ("bpd", "bpd_se_images", "bpd_se_noise")]
+    assert cells[2:] == [f"{record(run)[name]:.4f}" for name in ("bpd", *errors)]
+    assert ("± images and noise" in printed) == (replicates == 1) == (record(run)["bpd_se_noise"] is None)
+
+
+def test_an_importance_weighted_bound_that_few_draws_carry_says_so():
+    def line(effective):
+        figure = {"mean": -20.0, "se": 0.5}
+        iwae = {"samples": 50, "nats": figure, "gap_to_elbo": {"mean": 3.0, "se": 0.25}, "effective_samples": effective}
+        (printed,) = extra_lines({"iwae": iwae}, SimpleNamespace(levels=None))
+        return printed
+
+    assert "3.000 ± 0.250 nats above the ELBO; 1.5 effective samples: a few draws carry the sum" in line(1.5)
+    assert line(30.0).endswith("30.0 effective samples")
 
 
 def test_data_that_was_moved_is_found_by_data_root(runs, tmp_path):

@@ -121,25 +121,32 @@ def stop_after(calls, monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, wrapped)
 
 
-def test_an_interrupted_evaluation_is_that_of_the_images_so_far(runs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("calls", "images", "replicates"), [(3, 45, 2), (4, 60, 2), (7, 60, 2), (8, 60, 4), (9, 60, 4)])
+def test_an_interrupted_evaluation_is_that_of_what_is_finished(calls, images, replicates, runs, tmp_path, monkeypatch, capsys):
+    """Of all images as soon as each has two estimates, and of as many estimates as each of them has."""
     run = runs.copy("vae", tmp_path)
-    settings = ("replicates=3", "batch_size=30", "weights=both")
-    expected, _ = evaluate_here(run, *settings, "max_images=40", *QUICK)
+    settings = ("batch_size=30", "weights=both")
+    expected, _ = evaluate_here(run, *settings, f"replicates={replicates}", f"max_images={images}", *QUICK)
     own = record(run)["results"]["ema"]
     with monkeypatch.context() as patch:
-        stop_after(4, patch, VAELightningModule, "elbo")
-        figure, interrupted = evaluate_here(run, *settings)
+        stop_after(calls, patch, VAELightningModule, "elbo")
+        figure, interrupted = evaluate_here(run, *settings, "replicates=5", "max_images=60")
     assert interrupted
     kept = record(run)
     assert kept["interrupted"] is True
     assert list(kept["results"]) == ["ema"]
-    assert kept["results"]["ema"]["num_images"] == 40
+    found = kept["results"]["ema"]
+    assert [found[key] for key in ("num_images", "replicates", "network_calls_per_image")] == [images, replicates, replicates]
     assert figure == pytest.approx(expected, rel=1e-9)
     assert kept["bpd_se"] == pytest.approx(own["bpd_se"], rel=5e-3)  # other images shared their groups
-    assert "interrupted: 40 images" in " ".join(capsys.readouterr().out.split())
+    assert f"interrupted: {images} images" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_is_reported_where_nothing_was_finished(runs, tmp_path, monkeypatch):
+    run = runs.copy("vae", tmp_path)
     stop_after(0, monkeypatch, VAELightningModule, "elbo")
-    with pytest.raises(SettingError, match="interrupted"):
-        evaluate_here(run, *settings)
+    with pytest.raises(SettingError, match="interrupted before two images were finished"):
+        evaluate_here(run, "replicates=3")
 
 
 def test_an_interrupt_does_not_hide_images_that_have_no_finite_estimate(runs, tmp_path, monkeypatch):
@@ -202,7 +209,8 @@ def test_ctrl_c_prints_the_table_so_far_and_exits_as_a_shell_expects(runs, tmp_p
     assert "total" in rest
     kept = record(run)
     assert kept["interrupted"] is True
-    assert 2 <= kept["results"]["ema"]["num_images"] < 180
+    assert kept["results"]["ema"]["num_images"] == 180
+    assert 2 <= kept["results"]["ema"]["replicates"] < 8000
     assert f"{kept['bpd']:.4f}" in rest
 
 
