@@ -8,18 +8,19 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from runs.build import SettingError, flatten
-from runs.directory import CONFIG, RESULT
+from runs.directory import CONFIG, RESULT, higher_is_better
 from runs.identity import DEFINES, INCIDENTAL
 from runs.sweep import STATE
 
 LEVELS, EVALUATION = "plots/kl_per_level.csv", "evaluation.json"
+EVALUATED = "evaluation/"  # begins the names of what evaluate.py found
 REPEATED = ("data.seed", "callbacks.seeding.seed")  # the run's seed, which tells runs of a group apart
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error, yaml.YAMLError)
 
@@ -211,11 +212,46 @@ def rate_distortion(run: Run) -> tuple[list[float], list[float]]:
     Nor is there where other weights were evaluated than the run was tested with, as before it went on.
     """
     try:
-        evaluation = _json(run.path / EVALUATION)
-        steps = next(iter(evaluation["results"].values()))["steps"]
-        evaluated, tested = evaluation.get("step"), run.result.get("tested_step")
-        if None not in (evaluated, tested) and evaluated != tested:
-            return [], []
-        return [float(rate) for rate in steps["rate_bits_per_dim"]], [float(error) for error in steps["rmse_levels"]]
-    except (*UNREADABLE, StopIteration):
+        _, own = _evaluation(run)
+        rates, errors = (own["steps"][name] for name in ("rate_bits_per_dim", "rmse_levels"))
+        return [float(rate) for rate in rates], [float(error) for error in errors]
+    except UNREADABLE:
         return [], []
+
+
+def evaluated(run: Run) -> Run:
+    """Returns a finished run with what ``evaluate.py`` last found on its test set in place of what its own test did.
+
+    Its metrics are then ``evaluation/bpd``, ``evaluation/elbo``, ...: those of the weights that the run was tested with. There
+    are none where these were not evaluated.
+    """
+    try:
+        evaluation, own = _evaluation(run)
+        if evaluation["split"] != "test":
+            raise ValueError("the evaluation is not of the test set")
+        costs, metrics = {}, {}
+        for term, units in own["terms"].items():
+            costs[term] = {unit: float(found["mean"]) for unit, found in units.items()}
+            metrics[f"{EVALUATED}{term}"] = -costs[term]["nats"] if higher_is_better(term) else costs[term]["nats"]
+        if "bits_per_dim" in costs["elbo"]:
+            metrics[f"{EVALUATED}bpd"] = costs["elbo"]["bits_per_dim"]
+        images = {"num_tested": own["num_images"]}
+        if own["num_images"] < evaluation["data"]["num_test"]:
+            images["tested_seed"] = evaluation["seed"]  # it says which images they are
+    except UNREADABLE:
+        return replace(run, result={**run.result, "metrics": {}})
+    protocol = {**run.result.get("protocol", {}), **evaluation["data"], **images}
+    return replace(run, result={**run.result, "metrics": metrics, "costs": costs, "protocol": protocol})
+
+
+def _evaluation(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (evaluation.json, what it holds of the weights that the run was tested with).
+
+    Raises:
+        ValueError: or another of :data:`UNREADABLE`, where there is none.
+    """
+    evaluation = _json(run.path / EVALUATION)
+    evaluated_step, tested_step = evaluation.get("step"), run.result.get("tested_step")
+    if None not in (evaluated_step, tested_step) and evaluated_step != tested_step:
+        raise ValueError("other weights were evaluated than the run was tested with, as before it went on")
+    return evaluation, evaluation["results"][run.result["weights"]]

@@ -21,7 +21,9 @@ WHERE = (
     "trainer.inference_mode", "trainer.log_every_n_steps", "trainer.enable_model_summary",
 )  # fmt: skip
 
-IMAGES = ("dataset", "image_shape", "levels", "binarization", "split_seed", "std", "num_test", "num_tested")  # of a protocol
+IMAGES = (  # of a protocol
+    "dataset", "image_shape", "levels", "binarization", "split_seed", "std", "num_test", "num_tested", "tested_seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

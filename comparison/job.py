@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
-from comparison.collect import Run, collect
+from comparison.collect import EVALUATED, Run, collect, evaluated
 from comparison.groups import group, other_images, pooled_settings
 from comparison.page import page
 from comparison.tables import as_csv, as_markdown, terminal
@@ -35,6 +35,13 @@ def run(cfg: DictConfig) -> None:
     left_out = [*(_line(one) for one in runs if not one.result), *(f"skipped: {line}" for line in skipped)]
     if not finished:
         raise SettingError(f"runs={','.join(patterns)}: none of the {len(runs)} runs is finished ({left_out[0]})")
+    if str(cfg.metric).startswith(EVALUATED):
+        finished = [evaluated(one) for one in finished]
+        if not any(one.result["metrics"] for one in finished):
+            raise SettingError(
+                f"metric={cfg.metric}: none of these {len(finished)} runs has an evaluation of its tested weights on its test "
+                "set; python evaluate.py run=RUN leaves one"
+            )
     groups = group(finished, _listed(cfg.by) if cfg.by else None, str(cfg.metric))
     measured = {one.path for own in groups for one in own.runs}
     missing = [one for one in finished if one.path not in measured]
@@ -71,7 +78,10 @@ def _listed(value: object) -> list[str]:
 
 
 def _instead(one: Run, metric: str) -> str:
-    return " (continuous data has none: metric=test/elbo)" if one.continuous and metric.endswith("bpd") else ""
+    if metric.startswith(EVALUATED) and not one.result["metrics"]:
+        return " (python evaluate.py run=RUN leaves one)"
+    own = f"{EVALUATED if metric.startswith(EVALUATED) else 'test/'}elbo"
+    return f" (continuous data has none: metric={own})" if one.continuous and metric.endswith("bpd") else ""
 
 
 def _line(one: Run) -> str:

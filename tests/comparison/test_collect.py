@@ -5,9 +5,10 @@ import os
 
 import pytest
 
-from comparison.collect import collect, curve, level_kls, rate_distortion, read_run
+import comparison.groups
+from comparison.collect import collect, curve, evaluated, level_kls, rate_distortion, read_run
 from runs.build import SettingError
-from tests.comparison.directories import write_extras, write_run, write_sweep
+from tests.comparison.directories import NATS, write_extras, write_run, write_sweep
 
 
 def found(*patterns):
@@ -167,6 +168,38 @@ def test_an_evaluation_of_other_weights_is_not_the_runs(tmp_path):
     assert rate_distortion(read_run(directory)) == ([], [])
 
 
+def write_evaluation(directory, bits, tested=180, **other):
+    """Writes what evaluate.py leaves of a run's tested weights."""
+    term = {"nats": {"mean": bits * NATS}, "bits_per_dim": {"mean": bits}}
+    own = {"terms": {"prior": term, "elbo": term}, "num_images": tested}
+    data = {"dataset": "digits", "num_test": 180, "image_shape": [1, 8, 8]}
+    record = {"split": "test", "seed": 0, "data": data, "results": {"ema": own}}
+    (directory / "evaluation.json").write_text(json.dumps(record | other))
+
+
+def test_an_evaluation_takes_the_place_of_a_runs_own_test(tmp_path):
+    directory = write_run(tmp_path / "run", 2.0)
+    assert evaluated(read_run(directory)).result["metrics"] == {}
+    write_evaluation(directory, 1.75)
+    found = evaluated(read_run(directory))
+    assert found.result["metrics"] == {"evaluation/prior": 1.75 * NATS, "evaluation/elbo": -1.75 * NATS, "evaluation/bpd": 1.75}
+    assert found.result["costs"]["prior"] == {"nats": 1.75 * NATS, "bits_per_dim": 1.75}
+    assert read_run(directory).metric("test/bpd") == 2.0
+    for other in ({"split": "val"}, {"results": {"raw": {}}}, {"data": None}):
+        write_evaluation(directory, 1.75, **other)
+        assert evaluated(read_run(directory)).result["metrics"] == {}
+
+
+def test_evaluations_of_some_images_are_of_the_same_ones_with_the_same_seed(tmp_path):
+    directory, kinds = write_run(tmp_path / "run"), []
+    for tested, seed in ((180, 0), (180, 1), (40, 0), (40, 1)):
+        write_evaluation(directory, 1.75, tested, seed=seed)
+        kinds.append(comparison.groups.tested_on(evaluated(read_run(directory))))
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds)) == 3
+    assert kinds[2][1] == "digits (40 of 180 images, 1x8x8)"
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -198,6 +231,7 @@ def test_broken_evaluations_have_no_rate(record, tmp_path):
     directory = write_run(tmp_path / "run", extras=True)
     (directory / "evaluation.json").write_text(json.dumps(record))
     assert rate_distortion(read_run(directory)) == ([], [])
+    assert evaluated(read_run(directory)).result["metrics"] == {}
 
 
 def test_images_per_second_are_those_of_all_sessions(tmp_path):

@@ -106,6 +106,22 @@ def test_runs_written_by_hand_are_like_real_ones(real, tmp_path):
     assert len(rate_distortion(read_run(real / "ddpm" / "run"))[0]) > 2
 
 
+def test_evaluations_are_compared_where_they_are_asked_for(real, tmp_path, capsys):
+    evaluation = json.loads((real / "ddpm" / "run" / "evaluation.json").read_text())
+    terms = evaluation["results"]["ema"]["terms"]
+    (row,) = table_of_csv(compare(tmp_path / "bits", real / "ddpm", real / "vae2", metric="evaluation/bpd"))
+    assert float(row["mean"]) == evaluation["bpd"]
+    assert float(row["matching"]) == terms["matching"]["bits_per_dim"]["mean"]
+    printed = capsys.readouterr().out
+    assert f"no finite evaluation/bpd (python evaluate.py run=RUN leaves one): {real / 'vae2'}" in printed
+    (row,) = table_of_csv(compare(tmp_path / "nats", real / "ddpm", metric="evaluation/elbo"))
+    assert float(row["mean"]) == -terms["elbo"]["nats"]["mean"]
+    with pytest.raises(SettingError, match=r"none of these 2 runs has an evaluation .*evaluate.py run=RUN"):
+        compare(tmp_path / "none", real / "vae*", metric="evaluation/bpd")
+    with pytest.raises(SettingError, match=r"metric=evaluation/bdp is in none of these runs: choose among .*evaluation/bpd"):
+        compare(tmp_path / "none", real / "ddpm", metric="evaluation/bdp")
+
+
 def test_a_ddpm_beside_a_vae_differs_by_its_model_alone(real, tmp_path):
     assert table_of_markdown(compare(tmp_path / "out", real / "ddpm", real / "vae2"))[0][:2] == ["model", "trainer.max_epochs"]
 
