@@ -53,8 +53,12 @@ class ImageArray(NamedTuple):
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError) as error:
             raise ValueError(f"source: {path} is damaged or no .npz file ({error}); take it away or get it again") from None
         named = {"data.npy": headers["data.npy"]} if "data.npy" in headers else headers
-        images = {name: shape for name, (shape, fortran, dtype) in named.items() if dtype == np.uint8 and not fortran}
-        images = {name: shape for name, shape in images.items() if len(shape) > 1 and shape[0]}
+        bytes_ = {name: rest for name, (*rest, dtype) in named.items() if dtype == np.uint8 and len(rest[0]) > 1}
+        images = {name: shape for name, (shape, fortran) in bytes_.items() if shape[0] and not fortran}
+        if not images and len(bytes_) == 1:
+            ((shape, _),) = bytes_.values()
+            fault = "is in Fortran's order: save numpy.ascontiguousarray of it" if shape[0] else "has no image: take it away"
+            raise ValueError(f"source: the array of {path}, {_listed(named)}, {fault}")
         if len(images) != 1:
             raise ValueError(
                 f"source: {path} holds {_listed(headers)}, where one array of images is expected: uint8 (0..255, C order), "

@@ -85,7 +85,7 @@ def check_settings(cfg: DictConfig) -> None:
     parent = next(path for path in Path(str(cfg.out)).expanduser().absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise SettingError(f"out={cfg.out} cannot be made: {parent} is no folder that can be written to; choose another")
-    if Path(str(cfg.out)).expanduser().exists():
+    if os.path.lexists(Path(str(cfg.out)).expanduser()):  # a link that leads nowhere, too
         raise SettingError(f"out={cfg.out} exists and is not overwritten: take it away, or choose another folder")
     if isinstance(cfg.shard_mb, bool) or not isinstance(cfg.shard_mb, (int, float)) or not 0 < cfg.shard_mb < math.inf:
         raise SettingError(f"shard_mb={cfg.shard_mb}: give a number of megabytes above 0")

@@ -65,8 +65,9 @@ def test_files_that_hold_no_images_or_more_are_refused_and_nothing_is_unpickled(
         ({"x": images.astype(np.float32)}, "float32"),
         ({"a": images, "b": images}, "a uint8"),
         ({"data": np.array([Trap()], dtype=object)}, "object"),
-        ({"data": images[:0]}, "data uint8"),
-        ({"data": np.asfortranarray(images)}, "C order"),
+        ({"data": images[:0]}, r"data uint8\[0, 3, 8, 8\], has no image"),
+        ({"data": np.asfortranarray(images)}, "data uint8.*is in Fortran's order: save numpy.ascontiguousarray of it"),
+        ({"a": np.asfortranarray(images), "b": np.asfortranarray(images)}, "C order"),
         ({"data": images[:, :2]}, "none of"),
     ]:
         np.savez(path, **arrays)

@@ -228,6 +228,15 @@ def test_an_interactive_allocation_is_one_process(tmp_path, monkeypatch):
     check_processes("trainer", 1, 1)
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
+def test_a_precision_that_shards_do_not_have_is_refused_with_those_that_they_have(precision, tmp_path):
+    with pytest.raises(SettingError, match=rf"trainer\.precision={precision}: .* train in 32-true or bf16-mixed"):
+        run_here(
+            tmp_path, *SMALL, "trainer=fsdp", "trainer.accelerator=cpu", f"trainer.precision={precision}",
+            "model.optimizer.fused=false",
+        )  # fmt: skip
+
+
 def test_a_pytorch_that_shards_on_gpus_only_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "shards_on_cpu", lambda: False)
     with pytest.raises(SettingError, match=r"trainer\.accelerator=cpu: PyTorch .* shards on GPUs only; choose trainer=ddp_cpu"):

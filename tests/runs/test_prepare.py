@@ -136,6 +136,13 @@ def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(over
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
 
+def test_a_link_that_leads_nowhere_is_not_overwritten(tmp_path):
+    write_imagenet32(tmp_path / "published")
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SettingError, match="out exists and is not overwritten"):
+        prepare(f"source={tmp_path}/published", f"out={tmp_path}/out")
+
+
 def test_a_damaged_file_and_a_full_disk_leave_nothing(tmp_path, monkeypatch):
     write_imagenet32(tmp_path / "published")
     path = tmp_path / "published/train_data_batch_2.npz"
