@@ -35,6 +35,7 @@ class Run:
         choices: group -> chosen file, as ``{"model": "ddpm", "model/schedule": "cosine"}``.
         result: what result.json holds; empty if the run is not finished.
         reason: why it is not finished, in a few words; empty if it is.
+        beside: settings by which no figure changes, as ``data.root`` where all runs have the same images.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Run:
     choices: dict[str, str]
     result: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    beside: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -142,14 +144,16 @@ def read_run(directory: Path) -> Run:
     parts = [config.get(name) for name in ("model", "data")] if isinstance(config, dict) else [None]
     if not all(isinstance(part, dict) and "_target_" in part for part in parts):
         raise ValueError(f"{CONFIG} is not that of a run")
-    settings = {key: value for name in DEFINES for key, value in flatten(config.get(name), name) if not _incidental(key)}
+    given = {key: value for name in DEFINES for key, value in flatten(config.get(name), name)}
+    beside = {key: value for key, value in given.items() if _incidental(key)}
+    settings = {key: value for key, value in given.items() if key not in beside}
     if not (directory / RESULT).is_file():
         return Run(directory, settings, {}, {}, _why(_json(directory / STATE) if (directory / STATE).is_file() else {}))
     result = _json(directory / RESULT)
     if not _is_result(result):
         raise ValueError(f"{RESULT} is not that of a run")
     choices = {key: str(value) for key, value in result.get("choices", {}).items() if value is not None}
-    return Run(directory, settings, choices, result)
+    return Run(directory, settings, choices, result, beside=beside)
 
 
 def _why(state: dict[str, Any]) -> str:

@@ -141,7 +141,8 @@ def value_of(run: Run, key: str) -> Any:
     """Returns a choice (``model/schedule``) or a setting (``model.num_steps``) of a run."""
     if key in run.choices:
         return run.choices[key]
-    value = run.settings.get(key.replace("/", "."))
+    place = key.replace("/", ".")
+    value = run.settings.get(place, run.beside.get(place))
     return tuple(value) if isinstance(value, list) else value
 
 
