@@ -117,6 +117,8 @@ def test_where_a_run_was_computed_tells_groups_apart_only_if_asked_for(tmp_path)
     assert [one.mean for one in group(runs_of(tmp_path), None, "test/bpd")] == [2.5]
     apart = group(runs_of(tmp_path), ["trainer.devices"], "test/bpd")
     assert [(one.values["trainer.devices"], one.mean) for one in apart] == [(1, 2.0), (2, 3.0)]
+    write_run(tmp_path / "bf16", settings={"trainer.precision": "bf16-mixed"})  # moves figures a little: it counts
+    assert varied(tmp_path) == ["trainer.precision"]
 
 
 def test_so_does_where_the_data_lies(tmp_path):
@@ -126,8 +128,6 @@ def test_so_does_where_the_data_lies(tmp_path):
     assert pooled.mean == 2.5
     apart = group(runs_of(tmp_path), ["data.root"], "test/bpd")
     assert [(one.values["data.root"], one.mean) for one in apart] == [("/a", 2.0), ("/b", 3.0)]
-    write_run(tmp_path / "bf16", settings={"trainer.precision": "bf16-mixed"})  # moves figures a little: it counts
-    assert varied(tmp_path) == ["trainer.precision"]
 
 
 def test_names_that_only_begin_like_incidental_ones_count(tmp_path):
