@@ -116,7 +116,7 @@ class Stratified(Estimator):
         if self.calls >= model.num_steps:
             return Full().prepare(model, moments, pilot)
         proposal = uniform_proposal(model.num_steps).to(model.device)
-        description = f"t = 1, and {self.calls - 1} steps an image drawn evenly with low discrepancy"
+        description = f"t = 1, and {self.calls - 1} step{'s' * (self.calls > 2)} an image drawn evenly with low discrepancy"
         return Prepared(lambda x: model.elbo(x, self.calls, proposal), self.calls, description)
 
 
@@ -152,7 +152,7 @@ class Importance(Estimator):
         if calls >= model.num_steps:
             return Full().prepare(model, moments, pilot)
         how = "" if control is None else " and control variates"
-        description = f"t = 1, and {calls - 1} steps an image drawn by importance with low discrepancy{how}, unbiased"
+        description = f"t = 1, and {calls - 1} step{'s' * (calls > 2)} an image drawn by importance with low discrepancy{how}, unbiased"
         return Prepared(lambda x: model.elbo(x, calls, proposal, control), calls, description)
 
     @staticmethod
