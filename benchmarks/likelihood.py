@@ -154,8 +154,8 @@ def main() -> None:
         "",
         "Written by `python -m benchmarks.likelihood`: digits' test images, a small MLP on a CPU; times are medians and only",
         "their ratios mean anything, to a factor of two: calls of so small a network feel all else that the machine does. All",
-        "estimators are unbiased for one number. *Calls for the loop's noise*: network calls an image after which the Monte-Carlo",
-        "standard error is the loop's.",
+        "estimators are unbiased for one number. *Calls for the loop's noise*: network calls an image after which the",
+        "Monte-Carlo standard error is the loop's.",
     ]
     for name, model in models.items():
         print(name, flush=True)

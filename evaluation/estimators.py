@@ -97,6 +97,10 @@ def _check_calls(name: str, calls: int | None) -> None:
         )
 
 
+def _drawn(calls: int) -> str:
+    return f"t = 1, and {calls - 1} step{'s' * (calls > 2)} an image drawn"
+
+
 @dataclass(frozen=True)
 class Stratified(Estimator):
     """t = 1, and t drawn evenly from 2..T with low discrepancy over an image's draws and over a group of images.
@@ -116,7 +120,7 @@ class Stratified(Estimator):
         if self.calls >= model.num_steps:
             return Full().prepare(model, moments, pilot)
         proposal = uniform_proposal(model.num_steps).to(model.device)
-        description = f"t = 1, and {self.calls - 1} step{'s' * (self.calls > 2)} an image drawn evenly with low discrepancy"
+        description = f"{_drawn(self.calls)} evenly with low discrepancy"
         return Prepared(lambda x: model.elbo(x, self.calls, proposal), self.calls, description)
 
 
@@ -152,7 +156,7 @@ class Importance(Estimator):
         if calls >= model.num_steps:
             return Full().prepare(model, moments, pilot)
         how = "" if control is None else " and control variates"
-        description = f"t = 1, and {calls - 1} step{'s' * (calls > 2)} an image drawn by importance with low discrepancy{how}, unbiased"
+        description = f"{_drawn(calls)} by importance with low discrepancy{how}, unbiased"
         return Prepared(lambda x: model.elbo(x, calls, proposal, control), calls, description)
 
     @staticmethod
