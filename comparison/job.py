@@ -39,8 +39,8 @@ def run(cfg: DictConfig) -> None:
         finished = [evaluated(one) for one in finished]
         if not any(one.result["metrics"] for one in finished):
             raise SettingError(
-                f"metric={cfg.metric}: none of these {len(finished)} runs has an evaluation of its tested weights on its test "
-                "set; python evaluate.py run=RUN leaves one"
+                f"metric={cfg.metric}: no run here has an evaluation of its tested weights on its test set; python evaluate.py "
+                "run=RUN leaves one"
             )
     groups = group(finished, _listed(cfg.by) if cfg.by else None, str(cfg.metric))
     measured = {one.path for own in groups for one in own.runs}

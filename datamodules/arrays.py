@@ -53,10 +53,10 @@ class ImageArray(NamedTuple):
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError) as error:
             raise ValueError(f"source: {path} is damaged or no .npz file ({error}); take it away or get it again") from None
         named = {"data.npy": headers["data.npy"]} if "data.npy" in headers else headers
-        bytes_ = {name: rest for name, (*rest, dtype) in named.items() if dtype == np.uint8 and len(rest[0]) > 1}
-        images = {name: shape for name, (shape, fortran) in bytes_.items() if shape[0] and not fortran}
-        if not images and len(bytes_) == 1:
-            ((shape, _),) = bytes_.values()
+        arrays = {name: rest for name, (*rest, dtype) in named.items() if dtype == np.uint8 and len(rest[0]) > 1}
+        images = {name: shape for name, (shape, fortran) in arrays.items() if shape[0] and not fortran}
+        if not images and len(arrays) == 1:
+            ((shape, _),) = arrays.values()
             fault = "is in Fortran's order: save numpy.ascontiguousarray of it" if shape[0] else "has no image: take it away"
             raise ValueError(f"source: the array of {path}, {_listed(named)}, {fault}")
         if len(images) != 1:

@@ -138,7 +138,8 @@ def gather(
         if not partial:
             raise
         counts = computed.view(len(rows.order), rows.replicates).sum(1)
-        common = max([min(LEAST_REPLICATES, rows.replicates), *counts[counts > 0].unique()[:1].tolist()])
+        of_all = min(counts[counts > 0].tolist(), default=0)
+        common = max(of_all, min(LEAST_REPLICATES, rows.replicates))
         return values.view(len(rows.order), rows.replicates, width)[:, :common], counts >= common
     if fabric.world_size > 1:
         # every row was computed on one rank

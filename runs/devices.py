@@ -117,13 +117,14 @@ def _check_hardware(settings: dict[str, Any]) -> None:
             f"trainer.accelerator={accelerator}: PyTorch finds no GPU on this machine; choose trainer=cpu, or trainer=ddp_cpu "
             "for several processes"
         )
-    if isinstance(settings.get("strategy"), ModelParallelStrategy) and precision in ("16-mixed", "64-true", "64"):
+    shards = isinstance(settings.get("strategy"), ModelParallelStrategy)
+    if shards and precision in ("16-mixed", "64-true", "64"):
         raise SettingError(
             f"trainer.precision={precision}: weights that are shared out over devices (trainer=fsdp) train in 32-true or "
             "bf16-mixed; choose one of these, or trainer=ddp"
         )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not (has_cuda or torch.backends.mps.is_available()))
-    if on_cpu and isinstance(settings.get("strategy"), ModelParallelStrategy) and not shards_on_cpu():
+    if on_cpu and shards and not shards_on_cpu():
         raise SettingError(
             f"trainer.accelerator={accelerator}: PyTorch {torch.__version__} shards on GPUs only; choose trainer=ddp_cpu, or "
             "install a later one"
