@@ -65,9 +65,14 @@ def gather(module: nn.Module) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Lets go of what :func:`gather` gathered."""
+    """Lets go of what :func:`gather` gathered.
+
+    A network's own part stays whole from its forward to its backward pass, as :func:`shard` left it: it would be gathered again
+    at once.
+    """
+    roots = set(networks(module))
     for part in sharded_parts(module):
-        part.set_reshard_after_forward(True, recurse=False)
+        part.set_reshard_after_forward(part not in roots, recurse=False)
         part.reshard()
 
 

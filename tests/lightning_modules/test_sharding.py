@@ -1,0 +1,55 @@
+"""Which weights of a sharded network are whole, when."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from lightning_modules.sharding import gather, release, shard
+from runs.build import build_part
+from runs.devices import shards_on_cpu
+from tests.jobs import configure
+
+MODELS = {
+    "vae": ("model=vae",),
+    "mhvae": ("model=mhvae",),
+    "ddpm": ("model=ddpm", "model/network=unet_8x8", "model.network.base_channels=8", "model.num_steps=5"),
+}
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process alone."""
+    if not shards_on_cpu():
+        pytest.skip("this PyTorch shards on GPUs only")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    torch.distributed.destroy_process_group()
+
+
+def whole(model):
+    return {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_evaluation_between_two_steps_changes_nothing_of_what_is_gathered_when(name, mesh, tmp_path):
+    model = build_part(configure(tmp_path, *MODELS[name]).model).train()
+    names = {name for name, _ in model.named_parameters()}
+    shard(model, mesh)
+    x = torch.randint(model.levels, (2, *model.image_shape), dtype=torch.uint8)
+    seen = []
+    for _ in range(2):
+        loss, _ = model.objective(x)
+        between = whole(model)
+        loss.backward()
+        seen.append((between, whole(model)))
+        gather(model)
+        with torch.inference_mode():
+            model.elbo(x)
+        assert whole(model) == names
+        release(model)
+        assert not whole(model)
+    assert seen[1] == seen[0]
+    between, after = seen[0]
+    assert set() < between < names  # the networks' own part waits for the backward pass, their blocks do not
+    assert not after
