@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.checkpoints import run_checkpoint
 from lightning_modules import LikelihoodModule
@@ -69,6 +71,8 @@ class StopTogether(StopsAfterBatch):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens in Lightning's place, whose handlers are set by now."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may listen
+            return
         heard = [signal.SIGUSR1] if self.requeue else []
         if trainer.world_size > 1:
             heard.append(signal.SIGTERM)
@@ -94,11 +98,20 @@ class StopTogether(StopsAfterBatch):
         if step == self._looked_at or not is_logged(trainer, step):
             return
         self._looked_at = step
-        asked = torch.tensor(float(self._asked), device=pl_module.device)
-        agreed = int(trainer.strategy.reduce(asked, reduce_op="max"))
-        if agreed:
+        if agreed := self._agree(trainer, pl_module):
             pl_module.before_stop()
             self._stop(trainer, agreed)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops before the test, if a rank was asked to after they last agreed."""
+        if agreed := self._agree(trainer, pl_module):
+            self.stopped_by = agreed
+            raise SIGTERMException
+
+    def _agree(self, trainer: Trainer, pl_module: LightningModule) -> int:
+        """Returns the signal that a rank was sent, on all of them; 0 if none was."""
+        asked = torch.tensor(float(self._asked), device=pl_module.device)
+        return int(trainer.strategy.reduce(asked, reduce_op="max"))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what is sharded, and puts a job of SLURM back in the queue."""

@@ -1,5 +1,7 @@
 """What a command line can name for a job under test: callbacks that say what it does, and data of another kind."""
 
+import os
+
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from lightning_modules.sharding import local
@@ -30,3 +32,14 @@ class Plain(LightningModule):
 
     def __init__(self, **settings):
         super().__init__()
+
+
+class Signals(Callback):
+    """The first rank sends itself a signal after a step."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.is_global_zero and trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)

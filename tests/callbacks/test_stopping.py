@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,13 @@ def test_a_signal_that_is_sent_twice_is_one_request(callback):
     assert callback.stopped_by == signal.SIGTERM
     assert RANKS._signal_connector.received_sigterm
     assert MODULE.told == 1  # before anything is saved
+
+
+def test_a_thread_that_cannot_listen_does_not():
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(StopTogether().on_train_start, RANKS, MODULE).result()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_rank_that_hangs_is_ended_by_a_later_one(monkeypatch):

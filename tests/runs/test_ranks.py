@@ -61,7 +61,7 @@ def pair(request, data, tmp_path_factory):
     run_here(one, *settings)
     done = command(*QUICK[2:], *settings, *devices, "hydra.run.dir=run", cwd=several)
     assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
+    assert not re.search(r"\wWarning", done.stderr)  # gloo has one of its own, for machines whose name does not resolve
     for rank, *held, whole in re.findall(r"rank (\d) holds (\d+) (\d+) (\d+) of (\d+)", done.stdout):
         assert [int(share) / int(whole) for share in held] == pytest.approx([0.5] * 3, abs=0.02), rank
     assert ("rank 0 holds" in done.stdout) == ("rank 1 holds" in done.stdout) == ("trainer=fsdp" in devices)
@@ -167,6 +167,21 @@ def test_ctrl_c_stops_all_ranks_after_one_batch_and_the_run_that_goes_on_is_the_
     assert there.keys() == here.keys()
     for key, value in there.items():
         assert here[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_after_ranks_last_agreed_stops_them_before_the_test(number, code, data, tmp_path):
+    """16 steps of which each sixth is logged; what is left to do then is the test."""
+    settings = (*DDPM, f"paths.data_dir={data}", "trainer.log_every_n_steps=6", "trainer.accumulate_grad_batches=1")
+    send = ("+callbacks.send._target_=tests.probes.Signals", f"+callbacks.send.number={int(number)}", "+callbacks.send.step=14")
+    job = (*QUICK[2:], *settings, "trainer.max_epochs=4", "callbacks.pictures=null", "trainer=ddp_cpu", "hydra.run.dir=run")
+    stopped = command(*job, *send, cwd=tmp_path)
+    assert stopped.returncode == code, stopped.stderr
+    assert "interrupted at step 16; to go on:" in stopped.stdout
+    assert not (tmp_path / "run" / "result.json").exists()
+    done = command(*job, "ckpt=last", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "run")["step"] in range(1, 17)
 
 
 def test_either_is_evaluated_on_one_device(pair):
