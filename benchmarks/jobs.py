@@ -17,6 +17,7 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from benchmarks.paired import Pairs, timed
+from callbacks import run_checkpoint
 from callbacks.progress import LineProgress, LiveProgress
 from datamodules.base import ImageDataModule
 from lightning_modules import LikelihoodModule
@@ -109,7 +110,8 @@ class Job:
             if isinstance(callback, LineProgress):  # what a terminal would get, drawn to nowhere
                 bar = LiveProgress(console_kwargs={"file": io.StringIO(), "force_terminal": True})
                 trainer.callbacks[place] = bar
-        trainer.callbacks[-1:-1] = callbacks  # the checkpoint stays last
+        place = trainer.callbacks.index(run_checkpoint(trainer))
+        trainer.callbacks[place:place] = callbacks  # before it: writing checkpoints counts
         try:
             fit(trainer, self.model, self.datamodule, None, self.directory)
         finally:
