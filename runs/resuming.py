@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from runs.identity import INCIDENTAL
 
 # beside the weights, to go on, and of which kind
 NEEDED = {"loops": dict, "global_step": int, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict}
+
+OF_THE_OBJECTIVE = ("beta", "weighting", "timestep_sampler")  # may change, but not where nothing is left to train
 
 
 def choose_checkpoint(
@@ -104,6 +107,14 @@ def find_checkpoint(ckpt: str, directory: Path, others: str | None) -> Path:
     raise SettingError(f"ckpt=last found no {LAST} in {directory} nor in {others}: train first, or give a path")
 
 
+def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, value there, value here) of every setting that differs; ``None`` is one that is left out."""
+    there, here = dict(flatten(theirs, prefix)), dict(flatten(ours, prefix))
+    for key in here | there:
+        if there.get(key) != here.get(key):
+            yield key, there.get(key), here.get(key)
+
+
 def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
     """Refuses to continue a checkpoint of another model: weights that fit by accident would train on the wrong bound.
 
@@ -112,11 +123,14 @@ def same_model(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None
     Raises:
         SettingError: naming the first setting that differs.
     """
-    free = {"optimizer", "lr_scheduler", "val_calls", "test_calls", "beta", "weighting", "timestep_sampler", "sampler"}
-    parts = {name: value for name, value in ours["model"].items() if name not in free}
-    for key, here in flatten({"_target_": ours["model"]["_target_"], **parts}, "model"):  # what kind it is first
-        there = dict(flatten(theirs["model"], "model")).get(key)
-        if there != here and not key.endswith(".checkpoint_activations"):
+    free = {"optimizer", "lr_scheduler", "val_calls", "test_calls", *OF_THE_OBJECTIVE, "sampler"}
+    models = (
+        # what kind it is first
+        {"_target_": model["_target_"], **{name: value for name, value in model.items() if name not in free}}
+        for model in (theirs["model"], ours["model"])
+    )
+    for key, there, here in differences(*models, "model"):
+        if not key.endswith(".checkpoint_activations"):
             raise SettingError(
                 f"ckpt={path} holds another model: there {key}={there}, here {key}={here}; use that run's settings"
             )
@@ -131,10 +145,10 @@ def same_data(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
         SettingError: naming the first setting that differs.
     """
     free = {f"data.{name}" for name in ("batch_size", "seed", "block_size", "horizontal_flip", "flip")} | set(INCIDENTAL)
-    there = dict(flatten(theirs["data"], "data"))
-    for key, here in flatten(ours["data"], "data"):
-        if key not in free and key in there and there[key] != here:  # what an earlier version did not have yet is no difference
-            raise SettingError(f"ckpt={path} was trained on other data: there {key}={there[key]}, here {key}={here}")
+    known = dict(flatten(theirs["data"], "data"))
+    for key, there, here in differences(theirs["data"], ours["data"], "data"):
+        if key not in free and key in known:  # what an earlier version did not have yet is no difference
+            raise SettingError(f"ckpt={path} was trained on other data: there {key}={there}, here {key}={here}")
 
 
 def same_images(theirs: dict[str, Any] | None, datamodule: ImageDataModule, what: str) -> None:
@@ -198,13 +212,12 @@ def something_left(done: dict[str, int], trainer: DictConfig, theirs: dict[str, 
     """
     if all(trainer.get(name) != count for name, count in done.items()):
         return
-    there = dict(flatten(theirs["model"], "model"))
-    for key, here in flatten({name: ours["model"].get(name) for name in ("beta", "weighting", "timestep_sampler")}, "model"):
-        if key in there and there[key] != here:
-            raise SettingError(
-                f"{key}={here}: ckpt={path} was trained with {there[key]}, and nothing is left to train: give more "
-                "trainer.max_epochs or trainer.max_steps, or leave it alone"
-            )
+    objectives = ({name: config["model"].get(name) for name in OF_THE_OBJECTIVE} for config in (theirs, ours))
+    for key, there, here in differences(*objectives, "model"):
+        raise SettingError(
+            f"{key}={here}: ckpt={path} was trained with {there}, and nothing is left to train: give more "
+            "trainer.max_epochs or trainer.max_steps, or leave it alone"
+        )
 
 
 def same_batches(checkpoint: dict[str, Any], ours: dict[str, Any], path: Path) -> None:

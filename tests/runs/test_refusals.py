@@ -122,6 +122,8 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
         run_here(tmp_path / "b", "model=vae", "logger=csv", "model.latent_dim=8", f"ckpt={checkpoint}")
     with pytest.raises(SettingError, match=r"there model\._target_=.*VAELightningModule, here .*MHVAELightningModule"):
         run_here(tmp_path / "b", "model=mhvae", "logger=csv", f"ckpt={checkpoint}")
+    with pytest.raises(SettingError, match=r"there model\.encoder\.dropout=0.2, here .*=None"):
+        run_here(tmp_path / "b", "model=vae", "logger=csv", "~model.encoder.dropout", f"ckpt={checkpoint}")
     with pytest.raises(SettingError, match="already holds a run"):
         run_here(tmp_path / "a", "model=vae", "logger=csv")
     broken = tmp_path / "broken.ckpt"

@@ -214,7 +214,7 @@ def test_without_the_average_the_weights_that_were_trained_go_on(tmp_path):
     assert all(torch.allclose(value, trained[name], atol=1e-6) for name, value in last(tmp_path)["state_dict"].items())
 
 
-@pytest.mark.parametrize("setting", ["data.split_seed=7", "data=gaussian"])
+@pytest.mark.parametrize("setting", ["data.split_seed=7", "~data.split_seed", "data=gaussian"])
 def test_a_checkpoint_does_not_go_on_on_images_it_was_not_trained_on(setting, tmp_path):
     run_here(tmp_path, *SHORT, "trainer.max_epochs=2")
     with pytest.raises(SettingError, match=r"other data|another model"):
