@@ -81,8 +81,11 @@ class Vitals(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Logs the learning rate and the gradient's norm."""
         if self._due(trainer):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.train_row["train/grad_norm"] = total_norm(gradients)
+            norm = total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+                norm = norm / scaler.get_scale()  # which a fused optimiser takes out in its own step
+            pl_module.train_row["train/grad_norm"] = norm
             pl_module.train_row["train/lr"] = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(

@@ -61,3 +61,17 @@ def test_throughput_is_of_all_devices_since_the_last_row_and_without_validation(
             now[0] += 100
             callback.on_validation_end(trainer, module)
     assert module.train_row == {"train/images_per_second": pytest.approx(60), "images_seen": 120}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_gradients_norm_is_without_the_scale_of_float16(fused):
+    """A fused optimiser takes the scale out in its own step, of the others' gradients Lightning has by then."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((2 * weight).sum()).backward()
+    if not fused:
+        weight.grad /= 1024
+    module = SimpleNamespace(train_row={}, parameters=lambda: [weight])
+    trainer = SimpleNamespace(global_step=1, log_every_n_steps=2, precision_plugin=SimpleNamespace(scaler=scaler))
+    Vitals().on_before_optimizer_step(trainer, module, torch.optim.AdamW([weight], fused=fused))
+    assert float(module.train_row["train/grad_norm"]) == 4.0

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from losses.draws import Own, Rows, own_generators, rand, randn_like, rows_of_global_batch, stratified
+from losses.draws import Own, Rows, dropout, own_generators, rand, randn_like, rows_of_global_batch, stratified
 
 
 @pytest.mark.parametrize("bounds", [(0, 5, 10), (0, 3, 7, 10), (0, 10)])
@@ -65,3 +65,14 @@ def test_rows_with_generators_of_their_own_see_neither_their_neighbours_nor_the_
     assert whole.unique().numel() == whole.numel()
     with own_generators(own([1, 2])), pytest.raises(ValueError, match="3 rows"):
         randn_like(torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.3, 0.4])
+def test_dropout_keeps_the_mean_in_every_precision(p, dtype):
+    x = torch.linspace(1, 2, 2**12).to(dtype).repeat(2**6, 1)
+    dropped = dropout(x, p)
+    kept = dropped != 0
+    scale = dropped[kept].double().sum() / x[kept].double().sum()
+    assert (kept.double().mean() - (1 - p)).abs() < 4.5 * 0.5 / x.numel() ** 0.5
+    assert scale.item() == pytest.approx(1 / (1 - p), rel=6e-4)  # a scale of 8 bits is off by up to 16e-4
