@@ -180,7 +180,10 @@ class DDPMLightningModule(LikelihoodModule):
         return self.elbo(x, self.calls[stage])
 
     def objective(self, x: Tensor) -> tuple[Tensor, Elbo]:
-        """Returns the weighted error at one t for each image, per dimension, and the bound's estimate at that t."""
+        """Returns the weighted error at one t for each image, per dimension, and the bound's estimate at that t.
+
+        x̂_0 is clamped in the bound, as in :meth:`elbo`, and not in the loss.
+        """
         x0 = self.to_unit(x)
         noise = randn_like(x0)  # before t: with T = 1 the draws are then a VAE's
         on_cpu = self.timestep_sampler(x.shape[0], self.num_steps, torch.device("cpu"))  # known here without a device sync
@@ -196,19 +199,24 @@ class DDPMLightningModule(LikelihoodModule):
         x_t = marginal.mean + marginal.log_std.exp() * noise
         output = self.network(x_t, t)
         prior, zero = self.process.prior_kl(x0), x0.new_zeros(len(x0))
-        matching = self._kl(output, x0, x_t, t, clip=False) if self.num_steps > 1 else zero
-        reconstruction, first = zero, (on_cpu == 1).nonzero().flatten().to(x.device, non_blocking=True)
-        if len(first):
-            seen = x0 if self.levels is None else x  # in the model's precision, whatever the data's
-            values = self._log_likelihood(output[first], seen[first], x_t[first], clip=False)
-            reconstruction = zero.index_copy(0, first, values)
-            matching = matching.index_fill(0, first, 0.0)
-        if self.training and self.num_steps > 1:  # for validation's proposal, so what validation will sum: x̂_0 clamped
-            with torch.no_grad():
-                same = self.parameterization.bounded or not self.clip
-                self.step_profile.record(t, matching if same else self._kl(output, x0, x_t, t, clip=True))
+        first = (on_cpu == 1).nonzero().flatten().to(x.device, non_blocking=True)
+        seen = x0 if self.levels is None else x  # in the model's precision, whatever the data's
+
+        def terms(clip: bool) -> tuple[Tensor, Tensor]:
+            matching = self._kl(output, x0, x_t, t, clip) if self.num_steps > 1 else zero
+            if not len(first):
+                return zero, matching
+            values = self._log_likelihood(output[first], seen[first], x_t[first], clip)
+            return zero.index_copy(0, first, values), matching.index_fill(0, first, 0.0)
+
+        minimised = terms(clip=False)
+        same = self.parameterization.bounded or not self.clip
+        with torch.no_grad():
+            reconstruction, matching = minimised if same else terms(clip=True)
+        if self.training and self.num_steps > 1:  # for validation's proposal
+            self.step_profile.record(t, matching)
         noise_hat = self.parameterization.epsilon(output, x_t, t, self.process)
-        loss = self.weighting(StepTerms(matching - reconstruction, prior, noise, noise_hat, self.num_steps))
+        loss = self.weighting(StepTerms(minimised[1] - minimised[0], prior, noise, noise_hat, self.num_steps))
         if not isinstance(loss, Tensor) or loss.shape != prior.shape:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the weighting gives {found}, not one number for each of {len(prior)} images")

@@ -168,6 +168,16 @@ def test_the_proposal_follows_the_clamped_chain_that_validation_scores(parameter
     torch.testing.assert_close(model.step_profile.proposal[2:], due[2:], rtol=0.2, atol=0.004)
 
 
+@pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(17)])
+def test_training_reports_the_bound_of_the_chain_that_samples(parameterization):
+    model = ddpm(parameterization, num_steps=20, schedule=diffusion.cosine)
+    x = torch.randint(0, 17, (400, 1, 4, 4)).to(torch.uint8)
+    with torch.no_grad():
+        seen = torch.stack([model.objective(x)[1].value.mean() for _ in range(60)])
+        due = model.elbo(x.repeat(4, 1, 1, 1)).value.mean()
+    assert abs(seen.mean() - due) < 4.5 * seen.std() / 60**0.5 + 0.01 * abs(due)
+
+
 def test_only_training_is_recorded():
     model = ddpm(X0(), num_steps=10).eval()
     model.objective(torch.zeros(4, 1, 4, 4, dtype=torch.uint8))
@@ -176,8 +186,11 @@ def test_only_training_is_recorded():
 
 def test_elbo_weighting_minimises_the_bound_and_simple_the_noise_error():
     x = torch.randint(0, 17, (64, 1, 4, 4)).to(torch.uint8)
-    loss, elbo = ddpm(X0(), num_steps=10).objective(x)
-    torch.testing.assert_close(loss, -elbo.value.mean() / 16)
+    for parameterization in (X0(), Lattice(17)):
+        model = ddpm(parameterization, num_steps=10)
+        model.clip = False  # as the loss has it
+        loss, elbo = model.objective(x)
+        torch.testing.assert_close(loss, -elbo.value.mean() / 16)
     model = ddpm(Epsilon(), num_steps=10, weighting=diffusion.simple)
     nn.init.zeros_(model.network.conv.weight)
     nn.init.zeros_(model.network.conv.bias)
