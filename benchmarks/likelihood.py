@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.small_models import digits, trained_digits
 from diffusion import Epsilon, linear, log_snr_linear
 from diffusion.step_profile import proposal_from, uniform_proposal
-from evaluation.estimators import UNIFORM_SHARE
+from evaluation.estimators import MEASURED_SHARE
 from evaluation.profile import measure_steps
 from evaluation.rows import Rows, gather
 from evaluation.saved import SavedRun
@@ -89,8 +89,8 @@ def study(model: DDPMLightningModule, images: Tensor, replicates: int) -> tuple[
         f"{moments.calls:,} network calls, {moments.calls / len(images):.3g} for each of these {len(images)} images, and "
         f"{seconds:.2g} s."
     )
-    plain = proposal_from(moments.root_mean_squares, UNIFORM_SHARE)
-    controlled = proposal_from(moments.residuals, UNIFORM_SHARE)
+    plain = proposal_from(moments.root_mean_squares, MEASURED_SHARE)
+    controlled = proposal_from(moments.residuals, MEASURED_SHARE)
     even = uniform_proposal(model.num_steps)
 
     def drawn(calls: int, proposal: Tensor, control: object = None) -> tuple[Callable[[Tensor], Tensor], int]:

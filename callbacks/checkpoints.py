@@ -25,7 +25,7 @@ from callbacks.last_validation import ends_here
 from lightning_modules.base import is_logged
 from lightning_modules.sharding import load_whole, sharded_parts
 
-OWN = ("state_dict", "current_model_state", "optimizer_states")  # large, and of tensors and numbers
+LARGE = ("state_dict", "current_model_state", "optimizer_states")  # large, and of tensors and numbers
 
 
 def diverged(what: str, step: int) -> FloatingPointError:
@@ -225,7 +225,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 def _check_readable(checkpoint: dict[str, Any]) -> None:
     """Refuses what torch.load(weights_only=True) would not read: what callbacks and save_hyperparameters put there."""
-    parts = {name: part for name, part in checkpoint.items() if name not in OWN and name != "callbacks"}
+    parts = {name: part for name, part in checkpoint.items() if name not in LARGE and name != "callbacks"}
     for name, part in {**parts, **checkpoint["callbacks"]}.items():
         file = BytesIO()
         try:

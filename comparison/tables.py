@@ -13,8 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from comparison.groups import LEVEL, Group, shown
-
-TERMS = ("reconstruction", "prior", "matching")
+from losses.elbo import SIGNS
 
 
 def _unit(groups: Sequence[Group]) -> str:
@@ -32,7 +31,7 @@ def header(groups: Sequence[Group], metric: str) -> list[str]:
         metric,
         "sd",
         f"difference ± {LEVEL:.0%}",
-        *(f"{term} ({unit})" for term in TERMS),
+        *(f"{term} ({unit})" for term in SIGNS),
         "parameters",
         "seconds",
         "images/s",
@@ -126,7 +125,7 @@ def _numbers(one: Group, metric: str, unit: str) -> dict[str, object]:
 
 
 def _costs(one: Group, unit: str) -> dict[str, float | None]:
-    return {term: one.average(lambda run, term=term: run.result.get("costs", {}).get(term, {}).get(unit)) for term in TERMS}
+    return {term: one.average(lambda run, term=term: run.result.get("costs", {}).get(term, {}).get(unit)) for term in SIGNS}
 
 
 def _efforts(one: Group) -> dict[str, float | None]:

@@ -57,10 +57,11 @@ class GaussianDiffusion(nn.Module):
         check_betas(betas, "betas", "every beta must lie strictly between 0 and 1")
         self.num_steps = len(betas)
         variances = variance(betas)
-        if variances.shape != betas.shape or not bool((variances > 0).all()):
-            raise ValueError(
-                f"variance must give {len(betas)} positive numbers, one for each step, got {tuple(variances.shape)}"
-            )
+        if variances.shape != betas.shape:
+            raise ValueError(f"variance must give {len(betas)} numbers, one for each step, got shape {tuple(variances.shape)}")
+        if not bool((variances > 0).all()):
+            t = int((~(variances > 0)).nonzero()[0]) + 1
+            raise ValueError(f"variance gives {variances[t - 1].item()} at t={t}: it must be positive, also for tiny betas")
         for name, value in _coefficients(betas, variances).items():
             self.register_buffer(name, value, persistent=False)
 

@@ -87,7 +87,7 @@ def ddim(process: GaussianDiffusion, num_steps: int = 50, eta: float = 0.0) -> l
     Args:
         process: the chain.
         num_steps: network calls for an image, the last one at t = 1: evenly spread over 1..T, all T if there are fewer.
-        eta: η in [0, 1], from none to all of the ancestral chain's noise.
+        eta: η in [0, 1]: from no noise to the variance of q(x_s|x_t, x_0), which from t to t - 1 is β̃_t.
 
     Raises:
         ValueError: for a setting out of range.
@@ -95,6 +95,6 @@ def ddim(process: GaussianDiffusion, num_steps: int = 50, eta: float = 0.0) -> l
     if not is_whole(num_steps, 2):
         raise ValueError(f"model.sampler.num_steps={num_steps!r} must be an integer of at least 2: one at t = T, one at t = 1")
     if not 0 <= eta <= 1:
-        raise ValueError(f"model.sampler.eta={eta} must lie in [0, 1]: 0 adds no noise, 1 as much as the whole chain")
+        raise ValueError(f"model.sampler.eta={eta} must lie in [0, 1]: 0 adds no noise, 1 as much as q(x_s|x_t, x_0) has")
     spread = torch.linspace(process.num_steps, 1, min(num_steps, process.num_steps), dtype=torch.float64)
     return [ddim_move(process, t, s, eta) for t, s in pairwise(spread.round().int().tolist())]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from lightning_modules import DDPMLightningModule, LikelihoodModule
 from losses import Elbo
 from losses.checks import is_whole
 
-UNIFORM_SHARE = 0.03  # of the proposal: its profile is measured, not learned on the way, so it needs little insurance
+MEASURED_SHARE = 0.03  # of the proposal: its profile is measured, not learned on the way, so it needs little insurance
 PILOT_CALLS = 9  # for each image, to learn how the noise of t = 1 compares with that of the steps above
 MOST_CALLS = 65
 
@@ -34,11 +34,13 @@ class Prepared:
         estimate: images (b, C, H, W) -> one estimate each.
         calls: network calls that this takes for each image.
         description: what it does, for evaluation.json.
+        titles: of terms that are not what their name says in the bound's usual form.
     """
 
     estimate: Callable[[Tensor], Elbo]
     calls: int
     description: str
+    titles: dict[str, str] = field(default_factory=dict)
 
 
 class Pilot(Protocol):
@@ -149,7 +151,7 @@ class Importance(Estimator):
             return Full().prepare(model, moments, pilot)
         control = moments.control if self.control else None
         root_mean_squares = moments.root_mean_squares if control is None else moments.residuals
-        proposal = proposal_from(root_mean_squares, UNIFORM_SHARE).to(model.device)
+        proposal = proposal_from(root_mean_squares, MEASURED_SHARE).to(model.device)
         calls = self.calls or self._enough_calls(
             pilot, lambda k: lambda x: model.elbo(x, k, proposal, control), model.num_steps
         )
@@ -182,8 +184,9 @@ class ThreeVariable(Estimator):
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""
-        description = "three-variable (consistency) form: log ratios along one drawn chain"
-        return Prepared(model.three_variable_elbo, model.num_steps, description)
+        description = "three-variable (consistency) form: log ratios along one drawn chain, in place of KLs"
+        titles = {"prior": "prior  KL of z_T from z_{T−1}", "matching": "consistency  Σ ln q/p of z₁..z_{T−1}"}
+        return Prepared(model.three_variable_elbo, model.num_steps, description, titles)
 
 
 class Draws(Estimator):

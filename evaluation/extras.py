@@ -82,11 +82,12 @@ def flow_record(setting: Setting) -> dict[str, Any]:
     with setting.progress("probability flow", len(rows)) as done:
         values, _ = setting.gather(rows, lambda x: flow.log_likelihood(x).unsqueeze(1), 1, done)
     summary = figure(values[..., 0], torch.arange(len(rows.order)))
+    evaluations = setting.fabric.all_reduce(torch.tensor(float(flow.evaluations)), reduce_op="sum")
     return {
         **flow.describe(),
         "dequantisations": cfg.probability_flow,
         **in_units(summary, model),
-        "evaluations": flow.evaluations,
+        "evaluations": int(evaluations),
     }
 
 

@@ -85,7 +85,7 @@ def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
             table.add_section()
         cells = [f"{sign * value.mean:.3f}", *([f"{sign * value.mean * scale:.4f}"] if scaled else [])]
         cells += [error(part * scale, 4) for part in ((value.se_images, value.se_noise) if apart else (value.se,))]
-        table.add_row(TITLES[name], *cells, style="bold" if name == "elbo" else None)
+        table.add_row(bound.prepared.titles.get(name, TITLES[name]), *cells, style="bold" if name == "elbo" else None)
     return table
 
 

@@ -1,7 +1,8 @@
 """Rows of an evaluation: every image a number of times, each row with randomness of its own.
 
 What a row draws follows from (seed, purpose, image, replicate) alone. So a figure is the same, to rounding, however rows are
-cut into batches and dealt out to devices, and the same digits come back when it is worked out again.
+cut into batches and dealt out to devices (of the probability flow to its solver's tolerance, whose steps suit a batch as a
+whole), and the same digits come back when it is worked out again.
 """
 
 from __future__ import annotations

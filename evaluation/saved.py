@@ -20,7 +20,7 @@ from runs.data import load_data
 from runs.directory import BEST, LAST, read_checkpoint
 from runs.resuming import same_images
 
-OWN = ("losses", "diffusion", "networks", "datamodules", "lightning_modules")
+OWN_PACKAGES = ("losses", "diffusion", "networks", "datamodules", "lightning_modules")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class SavedRun:
         """
         for target in _targets(self.content["config"], self.path):
             package, _, name = target.rpartition(".")
-            if package in OWN and name in importlib.import_module(package).__all__:
+            if package in OWN_PACKAGES and name in importlib.import_module(package).__all__:
                 continue
             if package == "torch.optim" and isinstance(getattr(torch.optim, name, None), type):
                 continue

@@ -40,7 +40,7 @@ class Elbo:
         return torch.stack([getattr(self, name) for name in SIGNS])
 
     def bits_per_dim(self, num_dims: int) -> Tensor:
-        """Returns -ELBO / (D ln 2), (B,): the only place where nats become bits.
+        """Returns -ELBO / (D ln 2), (B,).
 
         Args:
             num_dims: D, the number of dimensions of one example (C·H·W for an image).
@@ -49,5 +49,5 @@ class Elbo:
 
 
 def nats_to_bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
-    """Returns nats / (D ln 2): how any term of the bound, or its standard error, is expressed in bits/dim."""
+    """Returns nats / (D ln 2), of any term of the bound or its standard error: the only place where nats become bits."""
     return nats / (num_dims * math.log(2))

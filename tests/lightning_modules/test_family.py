@@ -330,8 +330,11 @@ def test_schedules_variances_and_weightings_of_another_length_are_refused():
     settings = {"image_shape": SHAPE, "levels": LEVELS, "num_steps": 4, "parameterization": Epsilon()}
     with pytest.raises(ValueError, match="8 betas for num_steps=4"):
         DDPMLightningModule(Tiny(2, 1), lambda num: diffusion.constant(2 * num, 0.3), **settings)
-    for variance in (lambda betas: betas[:-1], lambda betas: -betas):
-        with pytest.raises(ValueError, match="4 positive numbers"):
+    for variance, message in (
+        (lambda betas: betas[:-1], r"4 numbers, .* shape \(3,\)"),
+        (lambda betas: -betas, "at t=1: .* positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
             DDPMLightningModule(Tiny(2, 1), diffusion.cosine, variance=variance, **settings)
     model = DDPMLightningModule(Tiny(2, 1), diffusion.cosine, weighting=lambda terms: terms.term.mean(), **settings)
     with pytest.raises(ValueError, match="the weighting gives shape"):
