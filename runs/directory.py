@@ -7,9 +7,10 @@ import json
 import math
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from runs.build import SettingError
 
@@ -24,17 +25,19 @@ class HeldElsewhere(SettingError):
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
+def hold(directory: Path, wait: float | None = None) -> Iterator[Path]:
     """Keeps a run directory for this process, for the block; the system lets go of it however the process ends.
 
     What is refused before anything was written leaves no directory.
 
     Raises:
-        HeldElsewhere: if another process keeps it still after ``WAIT``.
+        HeldElsewhere: if another process keeps it still after ``wait`` seconds, by default ``WAIT``.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(directory / LOCK, timeout=WAIT, is_singleton=True)  # a sweep's job is a run, which asks again
+    lock = FileLock(
+        directory / LOCK, timeout=WAIT if wait is None else wait, is_singleton=True
+    )  # a sweep's job is a run, which asks again
     try:
         lock.acquire()
     except Timeout:
@@ -42,7 +45,7 @@ def hold(directory: Path) -> Iterator[None]:
             f"hydra.run.dir={directory} holds a run that another process is at: wait for its end, or choose another directory"
         ) from None
     try:
-        yield
+        yield directory
     except SettingError:
         if directory.is_dir() and [path.name for path in directory.iterdir()] == [LOCK]:
             (directory / LOCK).unlink()
@@ -50,6 +53,21 @@ def hold(directory: Path) -> Iterator[None]:
         raise
     finally:
         lock.release()
+
+
+@contextmanager
+def hold_free(directory: Path) -> Iterator[Path]:
+    """Keeps the first of ``directory``, ``directory-2``, ... that is empty: runs that begin in one second have one name."""
+    with ExitStack() as stack:
+        for number in itertools.count(1):
+            place = directory if number == 1 else directory.with_name(f"{directory.name}-{number}")
+            place.mkdir(parents=True, exist_ok=True)
+            with suppress(HeldElsewhere):
+                stack.enter_context(hold(place, wait=0))
+                if [path.name for path in place.iterdir()] == [LOCK]:
+                    break
+                stack.pop_all().close()
+        yield place
 
 
 @contextmanager
@@ -102,8 +120,8 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
         setting: the setting that named it, for the refusal.
 
     Raises:
-        SettingError: if the file is truncated, is no checkpoint of this framework, is of another version, or holds pickled
-            objects.
+        SettingError: if the file is truncated or damaged, is no checkpoint of this framework, is of another version, or
+            holds pickled objects.
     """
     import torch
 
@@ -114,6 +132,7 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
             isinstance(config["model"], dict)
             and isinstance(config["data"], dict)
             and isinstance(checkpoint["state_dict"], dict)
+            and ZipFile(path).testzip() is None  # checksums, at which torch.load does not look
         )
     except (
         pickle.UnpicklingError,
@@ -125,13 +144,14 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
         ValueError,
         AttributeError,
         IndexError,
+        BadZipFile,
     ):
         whole = False
     if not whole:
         beside = [other for name in (BEST, LAST) if (other := path.with_name(Path(name).name)) != path and other.is_file()]
         raise SettingError(
-            f"{setting}={path} is truncated, or was not written by this framework (no config in it, or more than tensors and "
-            f"plain values): give another checkpoint{f', as {setting}={beside[0]}' if beside else ''}"
+            f"{setting}={path} is damaged or truncated, or was not written by this framework (no config in it, or more than "
+            f"tensors and plain values): give another checkpoint{f', as {setting}={beside[0]}' if beside else ''}"
         )
     if checkpoint.get("format") != FORMAT:
         raise SettingError(

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LambdaCallback, Timer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from callbacks import (
     LastValidation,
@@ -37,7 +36,7 @@ from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
 from runs.data import load_data
 from runs.devices import compile_networks, is_child_rank
-from runs.directory import CONFIG, FORMAT, LOCK, hold, withdraw_result
+from runs.directory import CONFIG, FORMAT, LOCK, hold, hold_free, withdraw_result
 from runs.kinds import unknown
 from runs.report import facts_to_group_by
 from runs.resuming import choose_checkpoint, resume_command, same_images
@@ -59,8 +58,21 @@ def run(cfg: DictConfig) -> float:
     directory = Path(HydraConfig.get().runtime.output_dir)
     if not HydraConfig.get().run.dir:
         raise SettingError("hydra.run.dir= is empty: give the run directory, or leave it out")
-    with nullcontext() if is_child_rank() else hold(directory):
+    if is_child_rank():
         return run_in(directory, cfg)
+    with hold_free(directory) if named_by_time(directory) else hold(directory) as place:
+        if place != directory:
+            hydra = HydraConfig.get()
+            with flag_override(hydra, ["readonly", "struct"], False):
+                hydra.runtime.output_dir = hydra.run.dir = str(place)  # the second is what Lightning gives to the other ranks
+        return run_in(place, cfg)
+
+
+def named_by_time(directory: Path) -> bool:
+    """Whether a run directory has its name of the second in which the run began, as other runs may have."""
+    hydra = HydraConfig.get()
+    pattern = OmegaConf.to_container(hydra, resolve=False)["run"]["dir"]
+    return "${now:" in pattern and directory == Path(hydra.run.dir).absolute()
 
 
 def run_in(directory: Path, cfg: DictConfig) -> float:

@@ -49,6 +49,7 @@ def choose_checkpoint(
         enough_training(trained(held), cfg.trainer, checkpoint)
         something_left(trained(held), cfg.trainer, held["config"], config, checkpoint)
         same_batches(held, config, checkpoint)
+        check_best(directory / BEST, checkpoint)
         step, images = held["global_step"], held.get("images")
         if not all_finite(value for value in held["state_dict"].values() if isinstance(value, torch.Tensor)):
             raise SettingError(
@@ -60,6 +61,21 @@ def choose_checkpoint(
         if not own and not in_sweep:
             claim(directory, again=cfg.ckpt == "auto")
     return checkpoint, step, images
+
+
+def check_best(best: Path, checkpoint: Path) -> None:
+    """Refuses a damaged best.ckpt in the run's directory: what is tested at the end is read only then.
+
+    Raises:
+        SettingError: saying how to go on without it.
+    """
+    if best.is_file() and not (checkpoint.exists() and best.samefile(checkpoint)):
+        try:
+            read_checkpoint(best, "ckpt")
+        except SettingError:
+            raise SettingError(
+                f"{best} is damaged, and the run would be tested by it: move it away, and the best is sought anew from here on"
+            ) from None
 
 
 def complete(held: dict[str, Any], path: Path) -> None:
@@ -102,7 +118,7 @@ def find_checkpoint(ckpt: str, directory: Path, others: str | None) -> Path:
             f"hydra.run.dir={directory} ckpt=last: there is no {LAST} in it; look at the name, leave ckpt out to begin, or "
             "give ckpt=DIR to go on from another run"
         )
-    if found := glob.glob(f"{others}/{LAST}"):
+    if found := [*glob.glob(f"{others}/{LAST}"), *glob.glob(f"{others}-[0-9]*/{LAST}")]:
         return Path(max(found, key=lambda path: Path(path).stat().st_mtime))
     raise SettingError(f"ckpt=last found no {LAST} in {directory} nor in {others}: train first, or give a path")
 

@@ -7,15 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import flag_override
 
 from runs import directory as directories
 from runs.build import SettingError
-from runs.directory import CONFIG, LAST, LOCK, RESULT, hold, write_json
+from runs.directory import CONFIG, LAST, LOCK, RESULT, hold, hold_free, write_json
 from runs.identity import job_name
+from runs.job import run
 from runs.sweep import run_in_sweep
-from tests.jobs import ROOT, configure, result, run_here
+from tests.jobs import QUICK, ROOT, configure, result, run_here
 
 HOLDER = """
 import sys, time
@@ -120,6 +124,28 @@ def test_nothing_of_a_run_is_overwritten_whatever_has_been_taken_from_it(tmp_pat
     (run / RESULT).unlink()  # as a run that was killed before its first validation
     run_here(tmp_path, *settings, "ckpt=auto")
     assert result(run)["step"] == 11
+
+
+def test_of_runs_with_one_name_each_has_a_directory_of_its_own(elsewhere, tmp_path):
+    elsewhere(tmp_path)
+    with hold_free(tmp_path) as second:
+        (second / "config.yaml").touch()
+    with hold_free(tmp_path) as third:
+        assert (second, third) == (Path(f"{tmp_path}-2"), Path(f"{tmp_path}-3"))
+
+
+def test_a_run_whose_directory_is_named_by_the_second_takes_the_next_free_name(tmp_path):
+    cfg = configure(tmp_path, *QUICK, "model=vae", "logger=csv", "trainer.max_epochs=1")
+    hydra = HydraConfig.get()
+    directory = Path(hydra.run.dir).absolute()
+    with flag_override(hydra, ["readonly", "struct"], False):
+        hydra.runtime.output_dir = str(directory)
+    directory.mkdir(parents=True)
+    (directory / RESULT).write_text("{}")
+    run(cfg)
+    assert hydra.run.dir == f"{directory}-2"
+    assert sorted(directory.parent.glob(f"*/{RESULT}")) == [directory / RESULT, Path(f"{directory}-2") / RESULT]
+    assert (directory / RESULT).read_text() == "{}"
 
 
 @pytest.mark.parametrize("text", ["precious: 1\n", "model: {\n", "- a\n"])

@@ -147,12 +147,23 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
     broken.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(SettingError, match="truncated"):
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 1  # of some weight
+    broken.write_bytes(content)
+    with pytest.raises(SettingError, match="damaged"):
+        run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
+    best = checkpoint.with_name("best.ckpt")
+    kept = best.read_bytes()
+    best.write_bytes(content)
+    with pytest.raises(SettingError, match=r"best\.ckpt is damaged, and the run would be tested by it: move it away"):
+        run_here(tmp_path / "a", "model=vae", "logger=csv", "ckpt=auto")
+    best.write_bytes(kept)
     torch.save({"config": os.system}, broken)
     with pytest.raises(SettingError, match="truncated, or was not written"):
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(
-        SettingError, match=r"last\.ckpt is truncated.*: give another checkpoint, as ckpt=(\S+best\.ckpt)$"
+        SettingError, match=r"last\.ckpt is damaged.*: give another checkpoint, as ckpt=(\S+best\.ckpt)$"
     ) as error:
         run_here(tmp_path / "a", "model=vae", "logger=csv", "ckpt=auto")
     run_here(tmp_path / "a", "model=vae", "logger=csv", "trainer.max_epochs=2", str(error.value).rpartition(" ")[2])
