@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import hydra
 from omegaconf import DictConfig
 
@@ -12,13 +10,10 @@ from omegaconf import DictConfig
 def main(cfg: DictConfig) -> None:
     """Prints a table and writes comparison.html, .csv and .md."""
     from comparison.job import run
-    from runs.build import SettingError
-    from runs.entry import told
+    from runs.entry import refusals
 
-    try:
+    with refusals():
         run(cfg)
-    except SettingError as error:
-        sys.exit(told(error))
 
 
 if __name__ == "__main__":

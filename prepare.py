@@ -13,16 +13,14 @@ from omegaconf import DictConfig
 @hydra.main(version_base="1.3", config_path="conf", config_name="prepare")
 def main(cfg: DictConfig) -> None:
     """Writes one set."""
-    from runs.entry import INTERRUPTED, loading, told
+    from runs.entry import INTERRUPTED, loading, refusals
 
     with loading():
-        from runs.build import SettingError
         from runs.preparation import run
 
     try:
-        run(cfg)
-    except SettingError as error:
-        sys.exit(told(error))
+        with refusals():
+            run(cfg)
     except KeyboardInterrupt:
         print("interrupted: nothing was kept", file=sys.stderr)
         sys.exit(INTERRUPTED)

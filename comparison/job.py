@@ -12,7 +12,7 @@ from comparison.groups import group, other_images, pooled_settings
 from comparison.page import page
 from comparison.tables import as_csv, as_markdown, terminal
 from runs.build import SettingError
-from runs.directory import first_free
+from runs.directory import first_free, whole
 from runs.names import check_names
 
 
@@ -69,7 +69,8 @@ def run(cfg: DictConfig) -> None:
         "html": page(groups, cfg.metric, left_out, title),
     }
     for ending, text in texts.items():
-        (out / f"comparison.{ending}").write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        with whole(out / f"comparison.{ending}") as draft:
+            draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     print(f"wrote {out}/comparison.html, .csv and .md", flush=True)
 
 

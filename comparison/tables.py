@@ -13,7 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from comparison.groups import LEVEL, Group, shown
-from losses.elbo import SIGNS
+
+TERMS = ("reconstruction", "prior", "matching")  # of losses.elbo.SIGNS, which needs torch: a comparison does not
 
 
 def _unit(groups: Sequence[Group]) -> str:
@@ -31,7 +32,7 @@ def header(groups: Sequence[Group], metric: str) -> list[str]:
         metric,
         "sd",
         f"difference ± {LEVEL:.0%}",
-        *(f"{term} ({unit})" for term in SIGNS),
+        *(f"{term} ({unit})" for term in TERMS),
         "parameters",
         "seconds",
         "images/s",
@@ -125,7 +126,7 @@ def _numbers(one: Group, metric: str, unit: str) -> dict[str, object]:
 
 
 def _costs(one: Group, unit: str) -> dict[str, float | None]:
-    return {term: one.average(lambda run, term=term: run.result.get("costs", {}).get(term, {}).get(unit)) for term in SIGNS}
+    return {term: one.average(lambda run, term=term: run.result.get("costs", {}).get(term, {}).get(unit)) for term in TERMS}
 
 
 def _efforts(one: Group) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import plain
-from runs.directory import first_free, one_writer, write_json
+from runs.directory import as_json, first_free, one_writer, whole, write_picture
 from runs.report import COSTS, TITLES, error, versions
 
 KEPT_STEPS = 100  # at most, spread over ln t
@@ -125,21 +125,19 @@ def write_new(directory: Path, record: dict[str, Any], pictures: dict[str, Any])
     Returns:
         the path of evaluation.json.
     """
-    from matplotlib import pyplot as plt
-
     target, plots = directory / "evaluation.json", directory / "plots" / "evaluation"
 
     def kept(number: int) -> tuple[Path, Path]:
         return directory / f"evaluation-{number}.json", plots.with_name(f"evaluation-{number}")
 
     with one_writer(directory):
-        number = first_free(lambda number: any(path.exists() for path in kept(number)))
-        for path, place in zip((target, plots), kept(number), strict=True):
-            if path.exists():
-                path.rename(place)
-        write_json(target, record)
+        with whole(target) as draft:
+            draft.write_text(as_json(record))  # before the earlier one is moved: there may be no room for it
+            number = first_free(lambda number: any(path.exists() for path in kept(number)))
+            for path, place in zip((target, plots), kept(number), strict=True):
+                if path.exists():
+                    path.rename(place)
         for name, picture in pictures.items():
             plots.mkdir(parents=True, exist_ok=True)
-            picture.savefig(plots / f"{name}.png", dpi=140)
-            plt.close(picture)
+            write_picture(plots / f"{name}.png", picture)
     return target

@@ -35,9 +35,8 @@ def hold(directory: Path, wait: float | None = None) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(
-        directory / LOCK, timeout=WAIT if wait is None else wait, is_singleton=True
-    )  # a sweep's job is a run, which asks again
+    wait = WAIT if wait is None else wait
+    lock = FileLock(directory / LOCK, timeout=wait, is_singleton=True)  # a sweep's job is a run, which asks again
     try:
         lock.acquire()
     except Timeout:
@@ -183,12 +182,18 @@ def withdraw_result(directory: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives a draft to write to, which takes the file's place at the end of the block: a file that is there is whole."""
+    """Gives a draft to write to, which takes the file's place at the end of the block: a file that is there is whole.
+
+    Raises:
+        OSError: naming the file, also where the system does not say which one a full disk has no room for.
+    """
     draft = path.with_name(f"{path.name}.tmp")
     try:
         yield draft
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(draft)):
+            error.filename = str(path)
         raise
     draft.replace(path)
 
@@ -196,7 +201,21 @@ def whole(path: Path) -> Iterator[Path]:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a record at once; JSON has no NaN and no infinity: they become null."""
     with whole(path) as draft:
-        draft.write_text(json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+        draft.write_text(as_json(record))
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """Returns a record as text; JSON has no NaN and no infinity: they become null."""
+    return json.dumps(_finite(record), indent=2, allow_nan=False) + "\n"
+
+
+def write_picture(path: Path, picture: Any) -> None:
+    """Writes a figure of matplotlib at once, and closes it."""
+    from matplotlib import pyplot as plt
+
+    with whole(path) as draft:
+        picture.savefig(draft, dpi=140, format=path.suffix[1:])
+    plt.close(picture)
 
 
 def _finite(value: Any) -> Any:

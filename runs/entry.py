@@ -152,6 +152,21 @@ def refusal(error: OSError) -> str:
     return f"{error.filename or 'a file cannot be read or written'}: {error.strerror or error}"
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Ends the process in one sentence where the block is refused, by a setting or by the system."""
+    from runs.build import SettingError
+
+    try:
+        yield
+    except SettingError as error:
+        sys.exit(1 if is_later_rank() else told(error))  # said once, by rank 0
+    except OSError as error:
+        if _asked or error.strerror is None:
+            raise
+        sys.exit(f"error: {refusal(error)}")
+
+
 def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) -> object:
     """Runs a job that Fabric's ranks may share, and ends the process where it was refused or interrupted.
 
@@ -159,12 +174,8 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
         run: config -> (what the job gives, whether Ctrl-C cut it short).
         cfg: the job's.
     """
-    from runs.build import SettingError
-
-    try:
+    with refusals():
         given, interrupted = run(cfg)
-    except SettingError as error:
-        sys.exit(1 if is_later_rank() else told(error))  # said once, by rank 0
     if interrupted:
         sys.exit(INTERRUPTED)
     return given

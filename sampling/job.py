@@ -21,7 +21,7 @@ from evaluation.saved import SavedRun
 from lightning_modules import DDPMLightningModule, LikelihoodModule
 from losses.draws import mix
 from runs.build import SettingError, build_part, plain
-from runs.directory import first_free, one_writer, whole, write_json
+from runs.directory import first_free, one_writer, whole, write_json, write_picture
 from runs.names import check_names
 from runs.report import versions
 from runs.speech import quiet_libraries
@@ -162,8 +162,6 @@ def keep(saved: SavedRun, images: Tensor, model: LikelihoodModule, record: dict[
     Returns:
         the file of all images. Earlier drawings are kept: a new one has the next free number.
     """
-    from matplotlib import pyplot as plt
-
     folder = saved.directory / "samples"
     with one_writer(folder):
         number = first_free(lambda number: any(folder.glob(f"drawn-{number}.*")))
@@ -174,7 +172,6 @@ def keep(saved: SavedRun, images: Tensor, model: LikelihoodModule, record: dict[
     some = f"{SHOWN} of {len(images)}" if len(images) > SHOWN else f"{len(images)}"
     took = f", {record['network_calls_per_image']} network calls each" if "network_calls_per_image" in record else ""
     figure = plot_samples(images[:SHOWN], model.levels, f"{some} samples: {kind} after {record['step']} steps{took}")
-    figure.savefig(path.with_suffix(".png"), dpi=140)
-    plt.close(figure)
+    write_picture(path.with_suffix(".png"), figure)
     write_json(path.with_suffix(".json"), record)
     return path

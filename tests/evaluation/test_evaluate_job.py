@@ -1,9 +1,11 @@
 """Whole evaluations of small trained runs: what they leave, and what their figures agree with."""
 
+import errno
 import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -408,3 +410,17 @@ def test_data_that_was_moved_is_found_by_data_root(runs, tmp_path):
     (tmp_path / "pictures").rename(tmp_path / "moved")
     evaluate_here(tmp_path / "run", "replicates=2", f"data_root={tmp_path}/moved", *QUICK)
     evaluate_here(runs.copy("vae", tmp_path), f"data_root={tmp_path}", "replicates=2", "max_images=8", *QUICK)  # has none
+
+
+def test_where_there_is_no_room_for_an_evaluation_the_earlier_one_stays(tmp_path, monkeypatch):
+    write_new(tmp_path, {"number": 1}, {})
+
+    def full(path, text, *args, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_new(tmp_path, {"number": 2}, {})
+    assert error.value.filename == str(tmp_path / "evaluation.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"number": 1}
+    assert [path.name for path in tmp_path.glob("*.json*")] == ["evaluation.json"]
