@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from runs.commands import CONF
 from runs.faults import is_fault
 from runs.help import help_text
+from runs.interrupts import listen
 from runs.names import no_setting
 
 FULL = "HYDRA_FULL_ERROR"
@@ -87,6 +88,7 @@ def start(main: Callable[[], object]) -> None:
     Args:
         main: the decorated function.
     """
+    listen()
     spin_briefly()
     take_lazy_help()
     print_what_a_terminal_lacks()

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from runs.build import SettingError
 from runs.entry import loading, start, take_lazy_help
+from runs.interrupts import end_at_once, listen
 from runs.names import check_names
 from tests.jobs import ROOT, command
 
@@ -126,3 +128,25 @@ def test_what_another_setting_refers_to_is_read(monkeypatch):
         check_names(OmegaConf.create({"width": 3, "model": {"size": reference}}), "train")
     with pytest.raises(SettingError, match=r"^width=3: nothing reads it"):
         check_names(OmegaConf.create({"width": 3, "model": {"size": "${width_of}", "name": "a:width"}}), "train")
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "sample", "compare", "prepare"])
+def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback(script, tmp_path):
+    (tmp_path / "hydra.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")  # found before the real one
+    command = [sys.executable, str(ROOT / f"{script}.py")]
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, **listening)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_ctrl_c_is_heard_again_once_a_command_has_begun():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler, after in ((signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)):
+            signal.signal(signal.SIGINT, handler)
+            end_at_once()
+            assert signal.getsignal(signal.SIGINT) == after
+            listen()
+            assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
