@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from benchmarks.pages import bullet
 from benchmarks.roofline import FAST, GPUS, SLOW, Assumed, Counted, Times, evaluate, project, traffic
 
@@ -191,6 +193,11 @@ def limits(recipe: Counted) -> list[str]:
     return [bullet(point) for point in points]
 
 
+def release() -> str:
+    """Returns PyTorch's version, without how it was built."""
+    return torch.__version__.split("+")[0]
+
+
 INTRODUCTION = """# Projection to GPUs
 
 Written by `python -m benchmarks.projection`. **None of this has been run on a GPU.** The operations of one training step are
@@ -208,7 +215,8 @@ from the fast to the slow end of what is assumed, and what is assumed is the wea
 
 def document(recipes: list[Counted]) -> str:
     """Returns docs/projection.md."""
-    text = [INTRODUCTION, *sheet(), "", "## Checks", "", *checks(recipes[0])]
+    traced = f"Traced with PyTorch {release()}: another one may split the same step into other operations."
+    text = [INTRODUCTION, traced, "", *sheet(), "", "## Checks", "", *checks(recipes[0])]
     same = len({(recipe.batch, recipe.parameters, recipe.step(2, 2), recipe.call(2)) for recipe in recipes}) == 1
     for group in [recipes] if same else [[recipe] for recipe in recipes]:
         text += ["", f"## {' and '.join(recipe.name for recipe in group)}: training", ""]
@@ -224,6 +232,11 @@ def document(recipes: list[Counted]) -> str:
     return "\n".join([*text, "", "## What would limit it", "", *limits(recipes[0]), ""])
 
 
+def page() -> str:
+    """Counts the recipes, and returns docs/projection.md."""
+    return document([Counted.of(name, *overrides) for name, (_, _, overrides) in RECIPES.items()])
+
+
 def _epochs(recipe: Counted) -> float:
     return STEPS / ((RECIPES[recipe.name][0] - recipe.held_out) // recipe.batch)  # of whole batches
 
@@ -233,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.projection", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of projection.md")
     settings = parser.parse_args()
-    text = document([Counted.of(name, *overrides) for name, (_, _, overrides) in RECIPES.items()])
+    text = page()
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "projection.md").write_text(text)
     print(text)

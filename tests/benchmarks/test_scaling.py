@@ -1,6 +1,7 @@
 """The fit finds what was put in, the count is a sum by formula, and the pages say what they should."""
 
 import json
+import re
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -133,11 +134,16 @@ def test_the_page_of_projections(recipe):
     assert all(len(line) <= 128 for line in text.splitlines() if not line.startswith("|"))
 
 
-def test_the_committed_pages_are_these_scripts(request):
+def test_the_committed_projection_is_what_the_script_writes(request):
+    page, fresh = (request.config.rootpath / "docs" / "projection.md").read_text(), projection.page()
+    if f"PyTorch {projection.release()}:" not in page:  # FLOPs are the same in any release, launches are not
+        page, fresh = (re.findall(r"^\| TFLOP.*|^- One call.*|^One network.*", text, re.M) for text in (page, fresh))
+        assert page
+    assert page == fresh
+
+
+def test_the_committed_page_of_scaling_has_every_series(request):
     docs = request.config.rootpath / "docs"
-    page = (docs / "projection.md").read_text()
-    assert page.startswith(projection.INTRODUCTION)
-    assert "35,746,307 parameters" in page
     assert {line.split(":")[0] for line in (docs / "scaling.md").read_text().splitlines() if line.startswith("| ")} >= {
         f"| {series.name}" for series in scaling.all_series(False)
     } | {"| ranks"}
