@@ -55,12 +55,12 @@ def machine() -> dict[str, Any]:
     return {"processor": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions}
 
 
-def _heading(machine: dict[str, Any], rounds: int) -> list[str]:
+def _heading(machine: dict[str, Any]) -> list[str]:
     """Returns what stands above the table in its file."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return [
-        f"Medians of {rounds} pairs, timed in turns by `python -m benchmarks`; ratios are ours/theirs where small is good,",
-        f"and theirs/ours where large is. {machine['processor']}, {machine['cores']} cores, "
+        "Medians of pairs measured in turns by `python -m benchmarks`, each row's number of them in its column; ratios are",
+        f"ours/theirs where small is good, and theirs/ours where large is. {machine['processor']}, {machine['cores']} cores, "
         f"{machine['threads']} threads; {versions}.",
         "",
     ]
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these parts")
     parser.add_argument("--list", action="store_true", help="names the parts and ends")
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of each comparison; the median counts")
+    parser.add_argument("--rounds", type=int, default=9, help="pairs of each comparison, or more; the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--improved-diffusion", type=Path, metavar="DIR", help="checkout of openai/improved-diffusion")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
@@ -110,7 +110,7 @@ def main() -> None:
     path = settings.out / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}.json"
     record = {"machine": machine(), "rounds": settings.rounds, "rows": [row.record() for row in rows], "left_out": missing}
     write_json(path, json.loads(json.dumps(record)))
-    path.with_suffix(".md").write_text("\n".join([*_heading(record["machine"], settings.rounds), *text, ""]))
+    path.with_suffix(".md").write_text("\n".join([*_heading(record["machine"]), *text, ""]))
     print(f"wrote {path} and .md")
 
 

@@ -44,7 +44,7 @@ def exact_sum(rounds: int, checkout: Path | None) -> list[Row]:
             pairs = in_turns(
                 partial(model.elbo, x),
                 partial(chain.calc_bpd_loop, lambda x_t, t: model.network(x_t, t + 1), model.to_unit(x)),
-                max(3, rounds // 3) if batch > 1 else rounds,
+                rounds,
             )
         name = f"exact sum over T = 1000, U-Net at 1x8x8, batch {batch}"
         rows.append(pairs.row(name, "calc_bpd_loop of improved-diffusion", target, False, "{ours} and {theirs} ms"))
@@ -82,7 +82,7 @@ def outside(rounds: int) -> list[Row]:
 
     found = []
     for what, loop in (("sampling", sample), ("evaluation", evaluate)):
-        pairs = in_turns(loop(free), loop(model), max(3, rounds // 3))
+        pairs = in_turns(loop(free), loop(model), rounds)
         name = f"{what}, time outside the network, U-Net at 3x32x32"
         found.append(pairs.row(name, "the whole loop", 0.03, True, "{ours} and {theirs} ms, T = 20, 8 images"))
     return found
@@ -114,7 +114,7 @@ def sampler_step(rounds: int) -> list[Row]:
             text = "{ours} and {theirs} µs"
             if name == "ancestral":  # what a step cannot take less than
                 seconds = statistics.median(
-                    timed(lambda shape=shape: [torch.randn(shape) for _ in range(CALLS)]) for _ in range(3)
+                    timed(lambda shape=shape: [torch.randn(shape) for _ in range(CALLS)]) for _ in range(rounds)
                 )
                 text += f", of which torch.randn {1e6 / CALLS * seconds:.4g}"
             label = f"{name} step, {'x'.join(map(str, shape))}"

@@ -18,6 +18,7 @@ class Row:
         against: what with.
         ratio: median of the pairs' ratios.
         low, high: the smallest and the largest.
+        pairs: how many there are.
         target: what the ratio should reach.
         at_most: whether the target is an upper bound.
         figures: both medians, in words.
@@ -28,6 +29,7 @@ class Row:
     ratio: float
     low: float
     high: float
+    pairs: int
     target: float
     at_most: bool
     figures: str
@@ -49,6 +51,10 @@ class Pairs:
     ours: Sequence[float]
     theirs: Sequence[float]
 
+    def ratios(self, at_most: bool) -> list[float]:
+        """Returns ours/theirs of each pair if ``at_most``, else theirs/ours."""
+        return [(a / b if at_most else b / a) for a, b in zip(self.ours, self.theirs, strict=True)]
+
     def row(self, name: str, against: str, target: float, at_most: bool, figures: str, work: float = 1.0) -> Row:
         """Returns the line of these pairs.
 
@@ -60,10 +66,10 @@ class Pairs:
             figures: a text with {ours} and {theirs}, of the medians in ms times ``work``.
             work: what the medians are multiplied by.
         """
-        over = [(a / b if at_most else b / a) for a, b in zip(self.ours, self.theirs, strict=True)]
+        over = self.ratios(at_most)
         ours, theirs = (f"{1e3 * work * statistics.median(times):,.4g}" for times in (self.ours, self.theirs))
         text = figures.format(ours=ours, theirs=theirs)
-        return Row(name, against, statistics.median(over), min(over), max(over), target, at_most, text)
+        return Row(name, against, statistics.median(over), min(over), max(over), len(over), target, at_most, text)
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -90,11 +96,12 @@ def in_turns(ours: Callable[[], object], theirs: Callable[[], object], rounds: i
 def table(rows: Sequence[Row]) -> list[str]:
     """Returns the lines of a Markdown table."""
     lines = [
-        "| what | against | ratio (lowest to highest) | target | met | medians, ours and theirs |",
-        "|---|---|---|---|---|---|",
+        "| what | against | ratio (lowest to highest) | pairs | target | met | medians, ours and theirs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         target = f"{'≤' if row.at_most else '≥'} {row.target:g}"
         spread = f"{row.ratio:.3g} ({row.low:.3g} to {row.high:.3g})"
-        lines.append(f"| {row.name} | {row.against} | {spread} | {target} | {'yes' if row.met else 'no'} | {row.figures} |")
+        met = "yes" if row.met else "no"
+        lines.append(f"| {row.name} | {row.against} | {spread} | {row.pairs} | {target} | {met} | {row.figures} |")
     return lines

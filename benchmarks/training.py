@@ -90,7 +90,7 @@ def memory(rounds: int) -> list[Row]:
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
     ours, theirs = [], []
-    for _ in range(max(3, rounds // 3)):
+    for _ in range(rounds):
         for kind, into in (("trainer", ours), ("raw", theirs)):
             command = [sys.executable, "-m", "benchmarks.training", kind]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
