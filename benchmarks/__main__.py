@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,11 @@ from benchmarks import loops, unets
 from benchmarks.paired import Row, table
 from benchmarks.pipeline import pipeline
 from benchmarks.pythae_trainer import pythae
+from benchmarks.record import RESULTS, machine, write_record
 from benchmarks.startup import startup
 from benchmarks.training import bf16, memory, unet_step, vae_step
-from runs.directory import write_json
 
-PACKAGES = ("torch", "torchvision", "lightning", "wandb", "hydra-core", "diffusers", "denoising-diffusion-pytorch", "pythae")
+CHECKOUT = ("improved_diffusion/unet.py", "improved_diffusion/gaussian_diffusion.py")  # what is imported from there
 
 
 def benches(checkout: Path | None) -> dict[str, Callable[[int], list[Row]]]:
@@ -40,19 +36,18 @@ def benches(checkout: Path | None) -> dict[str, Callable[[int], list[Row]]]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Returns what the figures depend on."""
-    model = platform.processor()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return {"processor": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions}
+def refuse_other_folders(checkout: Path) -> None:
+    """Makes sure that the peer is where it is said to be.
+
+    Raises:
+        SystemExit: with a sentence, if it is not.
+    """
+    lacks = [name for name in CHECKOUT if not (checkout / name).is_file()]
+    if lacks:
+        raise SystemExit(
+            f"--improved-diffusion={checkout} has no {' and no '.join(lacks)}: "
+            "give the folder of a checkout of https://github.com/openai/improved-diffusion"
+        )
 
 
 def _heading(machine: dict[str, Any]) -> list[str]:
@@ -92,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="pairs of each comparison, or more; the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--improved-diffusion", type=Path, metavar="DIR", help="checkout of openai/improved-diffusion")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     settings = parser.parse_args()
     parts = benches(settings.improved_diffusion)
     if settings.list:
@@ -101,16 +96,18 @@ def main() -> None:
     unknown = [name for name in settings.only or () if name not in parts]
     if unknown:
         parser.error(f"--only {' '.join(unknown)}: choose among {', '.join(parts)}")
+    if settings.improved_diffusion:
+        refuse_other_folders(settings.improved_diffusion)
     torch.set_num_threads(settings.threads)
     chosen = {name: parts[name] for name in settings.only or parts}
     rows, missing = run(chosen, settings.rounds)
+    if not rows:
+        raise SystemExit("nothing was measured, and nothing is written")
     text = table(rows)
     print("\n".join(["", *text]))
-    settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}.json"
-    record = {"machine": machine(), "rounds": settings.rounds, "rows": [row.record() for row in rows], "left_out": missing}
-    write_json(path, json.loads(json.dumps(record)))
-    path.with_suffix(".md").write_text("\n".join([*_heading(record["machine"]), *text, ""]))
+    write_record(path, {"rounds": settings.rounds, "rows": [row.record() for row in rows], "left_out": missing})
+    path.with_suffix(".md").write_text("\n".join([*_heading(machine()), *text, ""]))
     print(f"wrote {path} and .md")
 
 
