@@ -1,4 +1,4 @@
-"""The two forms of DDPM's ELBO as estimators: ``python -m benchmarks.estimators`` writes docs/estimators.md and its plot.
+"""The two forms of DDPM's ELBO as estimators: ``python -m benchmarks.estimators`` writes its page, its plot and its figures.
 
 For a single random t, the two-variable (denoising) form and the three-variable (consistency) form have one mean and different
 noise. Measured for the value and for its gradient, on linear-Gaussian data with a deliberately imperfect predictor, where the
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
+from benchmarks.record import add_out, write_page
 from benchmarks.small_models import digits, linear_gaussian, linear_gaussian_elbo, trained_digits
 from callbacks.pictures import BLUE, ORANGE
 from diffusion import linear, log_snr_linear
@@ -157,7 +158,7 @@ def rows(found: dict[int, dict[str, Noise | float]], with_exact: bool) -> list[s
 
 def plot(found: dict[str, dict[int, dict[str, Noise | float]]]) -> plt.Figure:
     """Returns the plot of the ratios over T."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), dpi=140, layout="constrained", sharey=True)
     for axis, (name, cells) in zip(axes, found.items(), strict=True):
         for what, colour in (("deviation", BLUE), ("gradient", ORANGE)):
             ratio = [getattr(cell["three"], what) / getattr(cell["two"], what) for cell in cells.values()]
@@ -203,17 +204,27 @@ def document(found: dict[str, dict[int, dict[str, Noise | float]]]) -> str:
     )
 
 
+def _plain(found: dict[str, dict[int, dict[str, Noise | float]]]) -> dict[str, Any]:
+    """Returns what was found as plain values."""
+    return {
+        name: {
+            length: {what: asdict(value) if isinstance(value, Noise) else value for what, value in cell.items()}
+            for length, cell in cells.items()
+        }
+        for name, cells in found.items()
+    }
+
+
 def main() -> None:
     """Measures, prints the document, and writes it with its plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=20, help="times that all examples are drawn for each mean")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of estimators.md and images/estimators.png")
+    add_out(parser)
     settings = parser.parse_args()
     found = study(settings.batches)
     text = document(found)
-    (settings.out / "images").mkdir(parents=True, exist_ok=True)
-    (settings.out / "estimators.md").write_text(text)
-    plot(found).savefig(settings.out / "images" / "estimators.png", dpi=140)
+    figures = {"batches": settings.batches, "gradients": GRADIENTS, **_plain(found)}
+    write_page("estimators", settings.out, text, figures, plot(found))
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""What one figure of a DDPM costs by each estimator: ``python -m benchmarks.likelihood [--run RUN]`` writes docs/likelihood.md.
+"""What one figure of a DDPM costs by each estimator: ``python -m benchmarks.likelihood [--run RUN]`` writes its page.
 
 The yardstick is the loop of improved-diffusion's ``calc_bpd_loop``: all T steps of every image, one at a time, with one noise
 draw each. Its Monte-Carlo noise, and every estimator's, is read off independent replicates of the same images; then variance
@@ -12,7 +12,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from benchmarks.record import add_out, write_page
 from benchmarks.small_models import digits, trained_digits
 from diffusion import Epsilon, linear, log_snr_linear
 from diffusion.step_profile import proposal_from, uniform_proposal
@@ -43,6 +44,23 @@ class Cost:
     mean: float
     deviation: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What importance takes once to know where the noise is: network calls and seconds; and how many images there are."""
+
+    calls: int
+    seconds: float
+    images: int
+
+    def __str__(self) -> str:
+        """What stands below a table."""
+        return (
+            f"Not in the table: what importance takes once, however many images there are, to know where the noise is: "
+            f"{self.calls:,} network calls, {self.calls / self.images:.3g} for each of these {self.images} images, and "
+            f"{self.seconds:.2g} s."
+        )
 
 
 def loop(model: DDPMLightningModule, x: Tensor) -> Tensor:
@@ -77,18 +95,13 @@ def measure(
     return Cost(name, calls, nats_to_bits_per_dim(-noise.mean, model.num_dims), deviation, statistics.median(seconds))
 
 
-def study(model: DDPMLightningModule, images: Tensor, replicates: int) -> tuple[list[Cost], str]:
-    """Measures every estimator on the same images, the loop first; and says what importance takes before it begins."""
+def study(model: DDPMLightningModule, images: Tensor, replicates: int) -> tuple[list[Cost], Preparation]:
+    """Measures every estimator on the same images, the loop first; and what importance takes before it begins."""
     fabric = Fabric(accelerator="cpu", devices=1)
     start = time.perf_counter()
     moments = measure_steps(model, Rows.of_split(images, 32, 1, 0, "profile"), fabric, 256)
     moments.control.totals(images[:1])
-    seconds = time.perf_counter() - start
-    before = (
-        f"Not in the table: what importance takes once, however many images there are, to know where the noise is: "
-        f"{moments.calls:,} network calls, {moments.calls / len(images):.3g} for each of these {len(images)} images, and "
-        f"{seconds:.2g} s."
-    )
+    before = Preparation(moments.calls, time.perf_counter() - start, len(images))
     plain = proposal_from(moments.root_mean_squares, MEASURED_SHARE)
     controlled = proposal_from(moments.residuals, MEASURED_SHARE)
     even = uniform_proposal(model.num_steps)
@@ -135,7 +148,7 @@ def main() -> None:
     parser.add_argument("--run", help="a trained DDPM of digits; by default two small ones are trained here")
     parser.add_argument("--steps", type=int, default=1500, help="optimiser steps of the small ones")
     parser.add_argument("--replicates", type=int, default=4, help="of the loop; the others have eight times as many")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of likelihood.md")
+    add_out(parser)
     settings = parser.parse_args()
     splits = digits()
     if settings.run:
@@ -157,12 +170,13 @@ def main() -> None:
         "estimators are unbiased for one number. *Calls for the loop's noise*: network calls an image after which the",
         "Monte-Carlo standard error is the loop's.",
     ]
+    figures = {"replicates": settings.replicates, "steps": None if settings.run else settings.steps, "models": {}}
     for name, model in models.items():
         print(name, flush=True)
         costs, before = study(model, splits["test"], settings.replicates)
-        text += ["", f"## {name}", "", *table(costs), "", *textwrap.wrap(before, 120)]
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "likelihood.md").write_text("\n".join([*text, ""]))
+        text += ["", f"## {name}", "", *table(costs), "", *textwrap.wrap(str(before), 120)]
+        figures["models"][name] = {"estimators": [asdict(cost) for cost in costs], "preparation": asdict(before)}
+    write_page("likelihood", settings.out, "\n".join([*text, ""]), figures)
     print("\n".join(text))
 
 

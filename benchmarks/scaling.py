@@ -1,4 +1,4 @@
-"""How time and memory of a step grow: ``python -m benchmarks.scaling`` writes docs/scaling.md and its plot.
+"""How time and memory of a step grow: ``python -m benchmarks.scaling`` writes docs/scaling.md, its plot and its raw figures.
 
 The steps of one series take turns in one process; medians count. Memory is what must be held: parameters, gradients, the
 optimiser's moments, and every tensor that autograd keeps for the backward pass, counted once each. Unlike a peak of resident
@@ -11,13 +11,16 @@ import argparse
 import statistics
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from benchmarks import ranks
 from benchmarks.memory import STATUS, resident_peak
 from benchmarks.paired import timed
+from benchmarks.power_law import fit, fit_above
+from benchmarks.record import add_out, write_page
 from benchmarks.scaling_cases import Series, TrainingStep, all_series, ddpm
 from benchmarks.scaling_page import PEAK_BATCH, Curve, document, plot
 
@@ -69,14 +72,26 @@ def _peak_here(batch: int) -> None:
     print(step.memory() / 2**20, risen)
 
 
+def raw(curve: Curve) -> dict[str, Any]:
+    """Returns a series as plain values, with both fits to its seconds and to its bytes."""
+    fits = {}
+    for name, values in (("seconds", curve.seconds), ("memory", curve.memory)):
+        if values:
+            above = fit_above(curve.x, values)
+            fits[name] = {"from_zero": asdict(fit(curve.x, values)), "above_fixed": asdict(above) if above else None}
+    return {**asdict(curve), "fits": fits}
+
+
 def main() -> None:
     """Measures, prints the page, and writes it with its plot."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="turns of each step; the median counts")
     parser.add_argument(
-        "--quick", action="store_true", help="two values of each, one turn, no other processes: to see that it runs"
+        "--quick",
+        action="store_true",
+        help="two values of each, one turn, no other processes: to see that it runs; written only where --out says",
     )
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of scaling.md and images/scaling.png")
+    add_out(parser)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # what a process of its own is asked for
     settings = parser.parse_args()
     if settings.peak:
@@ -85,13 +100,15 @@ def main() -> None:
     for series in all_series(settings.quick):
         curves.append(measure(series, 1 if settings.quick else settings.rounds))
         print(f"{series.name} done", flush=True)
-    processes = None if settings.quick else ranks.in_turns(3, 40)
+    processes = None if settings.quick else ranks.in_turns(settings.rounds, 40)
     if processes:
         curves.append(measure_ranks(processes))
-    text = document(curves, processes, None if settings.quick else peak(PEAK_BATCH))
-    (settings.out / "images").mkdir(parents=True, exist_ok=True)
-    (settings.out / "scaling.md").write_text(text)
-    plot(curves).savefig(settings.out / "images" / "scaling.png", dpi=120)
+    peaks = None if settings.quick else peak(PEAK_BATCH)
+    text = document(curves, processes, peaks)
+    figures = {"rounds": settings.rounds, "series": [raw(curve) for curve in curves], "ranks": processes}
+    figures["peak_MiB"] = dict(zip(("counted", "resident"), peaks, strict=True)) if peaks else None
+    if settings.out or not settings.quick:
+        write_page("scaling", settings.out, text, figures, plot(curves))
     print(text)
 
 

@@ -45,7 +45,9 @@ class Curve:
 def plot(curves: list[Curve]) -> plt.Figure:
     """Returns a grid of log-log plots: time in blue on the left, memory in orange on the right."""
     columns = 3
-    figure, axes = plt.subplots(-(-len(curves) // columns), columns, figsize=(11.5, 9.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        -(-len(curves) // columns), columns, figsize=(11.5, 9.2), dpi=120, layout="constrained", squeeze=False
+    )
     for axis in axes.flat[len(curves) :]:
         axis.set_visible(False)
     for axis, curve in zip(axes.flat, curves, strict=False):

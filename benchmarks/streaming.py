@@ -1,4 +1,4 @@
-"""Images a second of ``data=stream``: ``python -m benchmarks.streaming`` prints a table.
+"""Images a second of ``data=stream``: ``python -m benchmarks.streaming`` prints a table, and writes its figures.
 
 Random images of 3x32x32 are written to a temporary folder. Compared in one process and pass by pass: the resident tensor,
 shards in the system's page cache, and shards that have to come from the disk.
@@ -11,11 +11,14 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.record import RESULTS, write_record
 from datamodules import ImageDataModule, StreamDataModule
 from datamodules.shards import Manifest, write_split
 
@@ -68,29 +71,39 @@ def images_per_second(data: ImageDataModule, passes: int, cold: Path | None = No
     return statistics.median(speeds)
 
 
+def cases(root: Path, passes: int) -> Iterator[dict[str, Any]]:
+    """Yields one row of the table after the other, for the images in ``root``."""
+    held_out = {"num_val": 1000, "num_test": 1000}
+    for flip in (False, True):
+        speed = images_per_second(Resident(root, flip), passes)
+        yield {"data": "resident", "from": "memory", "flip": flip, "images_per_second": speed}
+        for workers in (0, 1):
+            data = StreamDataModule(str(root), flip, num_workers=workers, **held_out, **SHARED)
+            speed = images_per_second(data, passes)
+            yield {"data": f"stream, num_workers={workers}", "from": "page cache", "flip": flip, "images_per_second": speed}
+    for size in (1, 16, 64, 256):
+        data = StreamDataModule(str(root), num_workers=0, block_size=size, **held_out, **SHARED)
+        speed = images_per_second(data, passes, cold=root)
+        name = f"stream, num_workers=0 block_size={size}"
+        yield {"data": name, "from": "disk", "flip": False, "images_per_second": speed}
+
+
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints the table and writes its figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=9, help="over the images; the median counts")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of streaming.json")
     settings = parser.parse_args()
     torch.set_num_threads(1)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        write(root, settings.images)
-        held_out = {"num_val": 1000, "num_test": 1000}
+        write(Path(folder), settings.images)
         print("| data | from | flip | images/s |\n|---|---|---|---|")
-        for flip in (False, True):
-            speed = images_per_second(Resident(root, flip), settings.passes)
-            print(f"| resident | memory | {flip} | {speed:,.0f} |", flush=True)
-            for workers in (0, 1):
-                data = StreamDataModule(str(root), flip, num_workers=workers, **held_out, **SHARED)
-                speed = images_per_second(data, settings.passes)
-                print(f"| stream, num_workers={workers} | page cache | {flip} | {speed:,.0f} |", flush=True)
-        for size in (1, 16, 64, 256):
-            data = StreamDataModule(str(root), num_workers=0, block_size=size, **held_out, **SHARED)
-            speed = images_per_second(data, settings.passes, cold=root)
-            print(f"| stream, num_workers=0 block_size={size} | disk | False | {speed:,.0f} |", flush=True)
+        for row in cases(Path(folder), settings.passes):
+            rows.append(row)
+            print(f"| {row['data']} | {row['from']} | {row['flip']} | {row['images_per_second']:,.0f} |", flush=True)
+    write_record(settings.out / "streaming.json", {"images": settings.images, "passes": settings.passes, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from benchmarks.counting import count, saved_bytes
 from benchmarks.power_law import fit, fit_above
 from benchmarks.ranks import WARM_UP, StepTimes
 from benchmarks.roofline import FAST, GPUS, SLOW, Assumed, Counted, evaluate, project, traffic
+from benchmarks.scaling_cases import all_series
 from networks import UNet
 from networks.unet import SelfAttention, Upsample
 
@@ -150,13 +151,26 @@ def test_the_committed_page_of_scaling_has_every_series(request):
     assert "(scaling.md)" in (docs / "scale.md").read_text()
 
 
-def test_quick_runs_and_writes_page_and_plot(tmp_path, monkeypatch, capsys):
+def test_quick_runs_and_writes_page_plot_and_raw_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scaling", "--quick", "--out", str(tmp_path)])
     scaling.main()
     text = (tmp_path / "scaling.md").read_text()
     assert text in capsys.readouterr().out
     assert "| MHVAE depth: T | 1 | 2 |" in text
     assert (tmp_path / "images" / "scaling.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    assert {"date", "machine", "rounds"} < set(record)
+    depth = next(series for series in record["series"] if series["name"] == "MHVAE depth")
+    assert (depth["x"], len(depth["seconds"]), len(depth["memory"])) == ([1, 2], 2, 2)
+    assert set(depth["fits"]) == {"seconds", "memory"}
+
+
+def test_quick_writes_nothing_unless_it_is_told_where(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["scaling", "--quick"])
+    monkeypatch.setattr(scaling, "all_series", lambda quick: all_series(quick)[5:6])  # which the page speaks of
+    scaling.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_writes_the_median_of_its_steps(tmp_path, monkeypatch):
