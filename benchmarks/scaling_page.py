@@ -93,14 +93,15 @@ def table(curves: list[Curve]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for curve in curves:
-        time, memory = _cells(curve.x, curve.milliseconds), _cells(curve.x, curve.mebibytes)
+        time, memory = cells(curve.x, curve.milliseconds), cells(curve.x, curve.mebibytes)
         lines.append(
             f"| {curve.name}: {curve.label} | {curve.x[0]:,.0f} | {curve.x[-1]:,.0f} | {time} | {memory} | {curve.what} |"
         )
     return lines
 
 
-def _cells(x: list[float], y: list[float]) -> str:
+def cells(x: list[float], y: list[float]) -> str:
+    """Returns the four cells of the table that say how y grows."""
     if not y:
         return "– | – | – | –"
     above = fit_above(x, y)

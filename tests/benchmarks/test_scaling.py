@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import projection, scaling
+from benchmarks import projection, ranks, scaling
 from benchmarks.counting import count, saved_bytes
 from benchmarks.power_law import fit, fit_above
 from benchmarks.ranks import WARM_UP, StepTimes
 from benchmarks.roofline import FAST, GPUS, SLOW, Assumed, Counted, evaluate, project, traffic
-from benchmarks.scaling_cases import all_series
+from benchmarks.scaling_cases import TrainingStep, all_series
+from benchmarks.scaling_page import cells
 from networks import UNet
 from networks.unet import SelfAttention, Upsample
 
@@ -143,11 +144,24 @@ def test_the_committed_projection_is_what_the_script_writes(request):
     assert page == fresh
 
 
-def test_the_committed_page_of_scaling_has_every_series(request):
+def counted(series):
+    """How the memory of a series grows, as the page's row has it; nothing is timed."""
+    steps = {value: series.build(value) for value in series.values}
+    memory = [step.memory() / 2**20 for step in steps.values() if isinstance(step, TrainingStep)]
+    x = [series.abscissa(step, value) for value, step in steps.items()]
+    return f"| {series.name}: {series.label} | {x[0]:,.0f} | {x[-1]:,.0f} | ", f" | {cells(x, memory)} | {series.what} |"
+
+
+def test_the_committed_page_of_scaling_has_every_series_and_the_memory_that_is_counted(request):
     docs = request.config.rootpath / "docs"
-    assert {line.split(":")[0] for line in (docs / "scaling.md").read_text().splitlines() if line.startswith("| ")} >= {
-        f"| {series.name}" for series in scaling.all_series(False)
-    } | {"| ranks"}
+    page = (docs / "scaling.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    expected = [counted(series) for series in all_series(False)]
+    memory = [ranks.memory(devices) / 2**20 for devices in (1, 2)]
+    expected.append(("| ranks: processes (DDP, gloo) | 1 | 2 | ", f" | {cells([1, 2], memory)} | digits' U-Net"))
+    same = f"torch {torch.__version__} " in page  # what autograd keeps is up to PyTorch's kernels
+    for start, end in expected:
+        assert any(row.startswith(start) and (end in row or not same) for row in rows), f"{start}... {end}"
     assert "(scaling.md)" in (docs / "scale.md").read_text()
 
 
