@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ranks
+from benchmarks import activations, ranks
 from benchmarks.memory import STATUS, resident_peak
 from benchmarks.paired import timed
 from benchmarks.power_law import fit, fit_above
@@ -104,8 +104,11 @@ def main() -> None:
     if processes:
         curves.append(measure_ranks(processes))
     peaks = None if settings.quick else peak(PEAK_BATCH)
-    text = document(curves, processes, peaks)
+    smaller = ("model.network.base_channels=8",) if settings.quick else ()
+    again = activations.measure(1 if settings.quick else settings.rounds, *smaller)
+    text = document(curves, processes, peaks, again)
     figures = {"rounds": settings.rounds, "series": [raw(curve) for curve in curves], "ranks": processes}
+    figures["checkpointed_activations"] = asdict(again)
     figures["peak_MiB"] = dict(zip(("counted", "resident"), peaks, strict=True)) if peaks else None
     if settings.out or not settings.quick:
         write_page("scaling", settings.out, text, figures, plot(curves))

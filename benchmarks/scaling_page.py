@@ -13,6 +13,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
+from benchmarks.activations import Activations
 from benchmarks.pages import bullet, paragraph
 from benchmarks.power_law import fit, fit_above
 from callbacks.pictures import BLUE, ORANGE
@@ -119,7 +120,9 @@ def introduction() -> str:
     )
 
 
-def findings(curves: list[Curve], processes: dict[str, list[float]] | None, peaks: tuple[float, float] | None) -> list[str]:
+def findings(
+    curves: list[Curve], processes: dict[str, list[float]] | None, peaks: tuple[float, float] | None, again: Activations
+) -> list[str]:
     """Returns what there is to say about the figures."""
     flat = next(curve for curve in curves if curve.name == "diffusion steps, training")
     memory = (
@@ -140,6 +143,7 @@ def findings(curves: list[Curve], processes: dict[str, list[float]] | None, peak
         "Width enters parameters squared and activations once: memory follows the parameters only when they outweigh what is "
         "kept of the images.",
         memory,
+        str(again),
     ]
     if processes:
         points.append(_ranks(processes))
@@ -159,7 +163,9 @@ def _ranks(processes: dict[str, list[float]]) -> str:
     )
 
 
-def document(curves: list[Curve], processes: dict[str, list[float]] | None, peaks: tuple[float, float] | None) -> str:
+def document(
+    curves: list[Curve], processes: dict[str, list[float]] | None, peaks: tuple[float, float] | None, again: Activations
+) -> str:
     """Returns docs/scaling.md."""
     parts = [
         "# How time and memory grow",
@@ -171,4 +177,4 @@ def document(curves: list[Curve], processes: dict[str, list[float]] | None, peak
         *table(curves),
         "",
     ]
-    return "\n".join([*parts, *findings(curves, processes, peaks), ""])
+    return "\n".join([*parts, *findings(curves, processes, peaks, again), ""])

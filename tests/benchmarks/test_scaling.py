@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import projection, ranks, scaling
+from benchmarks import activations, projection, ranks, scaling
 from benchmarks.counting import count, saved_bytes
 from benchmarks.power_law import fit, fit_above
 from benchmarks.ranks import WARM_UP, StepTimes
@@ -144,6 +144,11 @@ def test_the_committed_projection_is_what_the_script_writes(request):
     assert page == fresh
 
 
+def of_this_torch(page):
+    """Whether what is counted should be the page's: what autograd keeps is up to PyTorch's kernels."""
+    return f"torch {torch.__version__} " in page
+
+
 def counted(series):
     """How the memory of a series grows, as the page's row has it; nothing is timed."""
     steps = {value: series.build(value) for value in series.values}
@@ -159,10 +164,17 @@ def test_the_committed_page_of_scaling_has_every_series_and_the_memory_that_is_c
     expected = [counted(series) for series in all_series(False)]
     memory = [ranks.memory(devices) / 2**20 for devices in (1, 2)]
     expected.append(("| ranks: processes (DDP, gloo) | 1 | 2 | ", f" | {cells([1, 2], memory)} | digits' U-Net"))
-    same = f"torch {torch.__version__} " in page  # what autograd keeps is up to PyTorch's kernels
     for start, end in expected:
-        assert any(row.startswith(start) and (end in row or not same) for row in rows), f"{start}... {end}"
+        assert any(row.startswith(start) and (end in row or not of_this_torch(page)) for row in rows), f"{start}... {end}"
     assert "(scaling.md)" in (docs / "scale.md").read_text()
+
+
+def test_what_checkpointed_activations_keep_is_what_the_page_of_devices_says(request):
+    docs = request.config.rootpath / "docs"
+    again, whole = (activations.step(setting).kept() / 2**20 for setting in (True, False))
+    assert again < 0.2 * whole
+    text = f"keeps {again:.0f} MiB instead of {whole:.0f} MiB at batch {activations.BATCH}"
+    assert text in " ".join((docs / "scale.md").read_text().split()) or not of_this_torch((docs / "scaling.md").read_text())
 
 
 def test_quick_runs_and_writes_page_plot_and_raw_figures(tmp_path, monkeypatch, capsys):
@@ -177,6 +189,10 @@ def test_quick_runs_and_writes_page_plot_and_raw_figures(tmp_path, monkeypatch, 
     depth = next(series for series in record["series"] if series["name"] == "MHVAE depth")
     assert (depth["x"], len(depth["seconds"]), len(depth["memory"])) == ([1, 2], 2, 2)
     assert set(depth["fits"]) == {"seconds", "memory"}
+    again = record["checkpointed_activations"]
+    assert again["again"] < 0.2 * again["whole"]
+    assert len(again["pairs"]["ours"]) == len(again["pairs"]["theirs"]) == 1
+    assert "A step takes" in text
 
 
 def test_quick_writes_nothing_unless_it_is_told_where(tmp_path, monkeypatch):
