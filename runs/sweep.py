@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, write_json
-from runs.entry import INTERRUPTED, sentence, start
+from runs.entry import INTERRUPTED, refusal, sentence, start
 from runs.faults import is_fault
 from runs.identity import digest, job_name
 from runs.relaunch import one_job
@@ -209,11 +209,17 @@ class SweepReport(Callback):
         """Prints the plan: every job of a grid, or what is left of a search, which chooses its jobs as it goes."""
         if wrong := refused_sweep(config):
             sys.exit(f"error: {wrong}")  # Hydra makes a warning of what else a callback raises, and goes on
-        SweepReport.latest = self
         self.directory = Path(str(config.hydra.sweep.dir))
-        self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         self.planned: list[Path] = []
         self.impossible: set[tuple[str, ...]] = set()
+        try:
+            self._begin(config)
+        except OSError as error:
+            sys.exit(f"error: {refusal(error)}; choose another place by hydra.sweep.dir or paths.output_dir")
+
+    def _begin(self, config: DictConfig) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
+        SweepReport.latest = self
         self.searches = is_search(config.hydra.sweeper)
         if self.searches:
             if config.sweep.fresh and (self.directory / STUDY).exists():

@@ -383,6 +383,14 @@ def test_what_a_launcher_refuses_is_said(tmp_path):
     assert re.match("error: .*n_jobs", line)
 
 
+def test_a_sweep_that_has_no_place_says_so_once(tmp_path):
+    (tmp_path / "file").touch()
+    done = command("-m", *JOB, "seed=0,1", "hydra.sweep.dir=file/there", cwd=tmp_path)
+    assert done.returncode == 1
+    sentence = "error: file/there: Not a directory; choose another place by hydra.sweep.dir or paths.output_dir"
+    assert done.stderr.splitlines() == [sentence]
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
