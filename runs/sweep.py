@@ -200,10 +200,12 @@ class SweepReport(Callback):
         latest: the report of the sweep that this process runs; ``None`` before it has begun.
         failed: whether a job of it is not done: then the exit code is not 0.
         searches: whether its jobs are chosen as it goes.
+        jobs: how many a grid has, where they are planned or to be planned.
     """
 
     latest: ClassVar[SweepReport | None] = None
     failed = searches = False
+    jobs = 0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the plan: every job of a grid, or what is left of a search, which chooses its jobs as it goes."""
@@ -236,7 +238,9 @@ class SweepReport(Callback):
         for heading in ("job", "state", "plan"):
             table.add_column(heading)
         given = (f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items())  # of the config, as Hydra's
-        for overrides in grid([*given, *config.hydra.overrides.task]):
+        jobs = grid([*given, *config.hydra.overrides.task])
+        self.jobs = len(jobs)
+        for overrides in jobs:
             place = self.directory / f"refused-{digest(' '.join(overrides))}"
             own = not_shared(overrides, config.hydra.overrides.task)
             try:
@@ -280,10 +284,13 @@ class SweepReport(Callback):
         """Prints how many jobs are done, and the others by name, with their state and its reason."""
         states = self.states()
         counts = Counter("not started" if state == "new" else state for state, _ in states.values())
+        # Ctrl-C may come before every job has its name; what was begun by an earlier command is known all the same
+        unnamed = max(0, min(self.jobs - len(self.planned), self.jobs - len(states)))
+        counts += Counter({"not started": unnamed})
         done = counts.pop("done", 0)
         self.failed = bool(counts.keys() - {"ended"})
         rest = "".join(f", {number} {state}" for state, number in counts.items())
-        print(f"sweep: {done} of {len(states)} jobs done{rest} in {self.directory}", flush=True)
+        print(f"sweep: {done} of {len(states) + unnamed} jobs done{rest} in {self.directory}", flush=True)
         for directory, (state, reason) in states.items():
             if state not in ("done", "ended", "new"):
                 print(f"  {state}: {directory.name}  {reason}", flush=True)

@@ -10,11 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from runs.build import SettingError
 from runs.identity import identity, job_name, with_sweep_directory
-from runs.sweep import read_state, run_in_sweep
+from runs.sweep import SweepReport, read_state, run_in_sweep
 from tests.jobs import QUICK, SMALL_DDPM, begin, command, configure, result, run_here
 from tests.runs.cluster import make_cluster
 from tests.runs.ranks import RECORD, assert_ranks_agree
@@ -178,6 +179,24 @@ def test_ctrl_c_ends_a_sweep_with_its_summary_and_the_same_command_goes_on(tmp_p
     assert "sweep: 2 of 2 jobs done in" in done.stdout
     assert f"continuing from {directory}/checkpoints/last.ckpt" in done.stdout
     assert {result(path.parent)["step"] for path in tmp_path.glob("outputs/sweeps/*/*/result.json")} == {275}
+
+
+def test_jobs_that_ctrl_c_left_without_a_plan_are_counted(tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runs.sweep.compose", interrupt)
+    for name in "ab":  # begun by the same command before
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+        (tmp_path / name / "job.json").write_text("{}")
+    hydra = {"sweeper": {"params": None}, "overrides": {"task": ["seed=0,1,2"]}, "job": {"config_name": "train"}}
+    report = SweepReport()
+    report.directory, report.planned = tmp_path, []
+    with pytest.raises(KeyboardInterrupt):
+        report._plan(OmegaConf.create({"hydra": hydra}))
+    report.summarise()
+    assert capsys.readouterr().out.startswith("sweep: 0 of 3 jobs done, 2 interrupted, 1 not started in")
 
 
 @pytest.fixture(scope="module")
