@@ -22,6 +22,7 @@ from runs.commands import CONF
 from runs.faults import is_fault
 from runs.help import help_text
 from runs.interrupts import listen
+from runs.lifelines import BEGUN_BY, end_rank_with_parent
 from runs.names import no_setting
 
 FULL = "HYDRA_FULL_ERROR"
@@ -89,6 +90,8 @@ def start(main: Callable[[], object]) -> None:
         main: the decorated function.
     """
     listen()
+    end_rank_with_parent()
+    os.environ[BEGUN_BY] = str(os.getpid())
     spin_briefly()
     take_lazy_help()
     print_what_a_terminal_lacks()

@@ -17,9 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import flag_override
 
 from runs.commands import config_flags
+from runs.lifelines import BEGUN_BY
 
 VARIABLES = (
     "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "SLURM_NTASKS",
+    BEGUN_BY,
 )  # fmt: skip
 OF_THE_SWEEP = ("hydra.mode", "hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper", "hydra.sweep.")
 
@@ -43,6 +45,7 @@ def one_job(script: Path, directory: Path, extra: tuple[str, ...] = ()) -> Itera
         del os.environ["SLURM_NTASKS"]  # Lightning would wait for SLURM to start the other ranks
     try:
         sys.argv = [str(script), *config_flags(), *hydra.overrides.task, *own, *extra]
+        os.environ[BEGUN_BY] = str(os.getpid())
         __main__.__spec__ = None  # or Lightning would run the worker's module
         with flag_override(hydra, ["readonly", "struct"], False):
             hydra.run.dir = str(directory)

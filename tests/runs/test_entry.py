@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from subprocess import PIPE
 
 import pytest
 from omegaconf import OmegaConf
@@ -13,8 +15,11 @@ from omegaconf import OmegaConf
 from runs.build import SettingError
 from runs.entry import loading, start, take_lazy_help
 from runs.interrupts import end_at_once, listen
+from runs.lifelines import BEGUN_BY
 from runs.names import check_names
 from tests.jobs import ROOT, command
+
+OF_NO_RANK = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "SLURM_PROCID", BEGUN_BY)}
 
 
 def test_the_collector_leaves_alone_what_is_imported_and_searches_what_comes_after():
@@ -58,6 +63,44 @@ with loading():
 def test_at_its_end_a_process_frees_what_was_imported_where_a_binding_would_list_it(module, freed):
     ended = subprocess.run([sys.executable, "-c", NAMED.format(module)], cwd=ROOT, capture_output=True, text=True)
     assert (ended.stdout.strip(), ended.stderr, ended.returncode) == (freed, "", 0)
+
+
+FIRST_RANK = """
+import os, signal, subprocess, sys
+from runs.entry import start
+
+def launch():
+    later = "import time; from runs.entry import start; start(lambda: [print('begun', flush=True), time.sleep(600)])"
+    rank = subprocess.Popen([sys.executable, "-c", later], env=os.environ | {"LOCAL_RANK": "1"}, stdout=subprocess.PIPE)
+    print(rank.pid, rank.stdout.readline().decode(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+start(launch)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends them")
+def test_a_later_rank_ends_with_the_first_one():
+    first = subprocess.Popen([sys.executable, "-c", FIRST_RANK], cwd=ROOT, env=OF_NO_RANK, stdout=PIPE, stderr=PIPE, text=True)
+    rank, begun = first.stdout.readline().split()
+    try:
+        first.communicate(timeout=30)  # to the end of both, which share what errors are written to
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int(rank), signal.SIGKILL)
+    assert (begun, first.returncode) == ("begun", -signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends them")
+@pytest.mark.parametrize(
+    ("variables", "code"),
+    [({"LOCAL_RANK": "1"}, -signal.SIGKILL), ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "1"}, 0), ({"LOCAL_RANK": "0"}, 0)],
+)
+def test_a_later_rank_whose_first_one_has_ended_already_ends_too(variables, code):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    program = [sys.executable, "-c", "from runs.entry import start; start(lambda: None)"]
+    assert subprocess.run(program, cwd=ROOT, env=OF_NO_RANK | variables | {BEGUN_BY: str(ended.pid)}).returncode == code
 
 
 @pytest.mark.parametrize(
