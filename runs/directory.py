@@ -9,14 +9,17 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 
 from runs.build import SettingError
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 CONFIG, RESULT, LAST, BEST = "config.yaml", "result.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 WRITING = ".writing.lock"  # held while an evaluation or a drawing is written
-LOCK, WAIT = ".lock", 10.0  # seconds: the workers of a killed job notice after five, and keep what it held until then
+LOCK, WAIT = ".lock", 10.0  # seconds: DataLoader's workers keep what a killed job held until they notice, after five
 FORMAT = 1  # of checkpoints: raised when what they hold changes its meaning
 
 
@@ -33,12 +36,11 @@ def hold(directory: Path, wait: float | None = None) -> Iterator[Path]:
     Raises:
         HeldElsewhere: if another process keeps it still after ``wait`` seconds, by default ``WAIT``.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    wait = WAIT if wait is None else wait
-    lock = FileLock(directory / LOCK, timeout=wait, is_singleton=True)  # a sweep's job is a run, which asks again
+    lock = _lock(directory)
     try:
-        lock.acquire()
+        lock.acquire(timeout=WAIT if wait is None else wait)
     except Timeout:
         raise HeldElsewhere(
             f"hydra.run.dir={directory} holds a run that another process is at: wait for its end, or choose another directory"
@@ -52,6 +54,27 @@ def hold(directory: Path, wait: float | None = None) -> Iterator[Path]:
         raise
     finally:
         lock.release()
+
+
+def is_held(directory: Path) -> bool:
+    """Whether another process keeps a run directory for itself."""
+    from filelock import Timeout
+
+    if not (directory / LOCK).exists():  # to ask leaves nothing
+        return False
+    try:
+        with _lock(directory).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # nobody can write there
+        return False
+
+
+def _lock(directory: Path) -> FileLock:
+    from filelock import FileLock
+
+    return FileLock(directory / LOCK, is_singleton=True)  # a sweep's job is a run, which asks again
 
 
 @contextmanager

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar
 
 from hydra import compose
@@ -24,10 +28,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, write_json
+from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, is_held, write_json
 from runs.entry import INTERRUPTED, refusal, sentence, start
 from runs.faults import is_fault
 from runs.identity import digest, job_name
+from runs.lifelines import in_worker, is_lightnings
 from runs.relaunch import one_job
 from runs.search import STUDY, go_on, is_search, refused_search
 
@@ -39,6 +44,7 @@ PLANS = {  # what happens with a job in each state
     "ended": "started again",
     "interrupted": "continued",
     "started": "started again",
+    "running elsewhere": "left to the process that runs it",
     "new": "to run",
 }
 BEFORE = "-before-"  # in the name of what a job left before sweep.fresh=true ran it again
@@ -47,10 +53,13 @@ BEFORE = "-before-"  # in the name of what a job left before sweep.fresh=true ra
 def read_state(directory: Path) -> tuple[str, str]:
     """Returns (state, reason): done, failed, ended, interrupted (there is a checkpoint), started (there is none) or new.
 
-    A job has ended without a result where a callback did what it was for, as the search for a batch size.
+    One that is not done and that another process holds is running elsewhere. A job has ended without a result where a callback
+    did what it was for, as the search for a batch size.
     """
     if _read(directory / RESULT):
         return "done", ""
+    if is_held(directory):
+        return "running elsewhere", ""
     written = _read(directory / STATE)
     if written.get("status") in ("failed", "ended"):
         return written["status"], str(written.get("reason", ""))
@@ -71,7 +80,14 @@ def _read(path: Path) -> dict[str, Any]:
 def write_state(directory: Path, status: str, overrides: Sequence[str], reason: str = "") -> None:
     """Writes job.json at once, so that a killed job leaves a whole one."""
     record = {"status": status, "reason": reason, "overrides": list(overrides), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    if status == "running":
+        record |= {"process": os.getpid(), "begun_by": _named(os.getppid())}
     write_json(directory / STATE, record)
+
+
+def _named(process: int) -> str:
+    """Names a process apart from those of other machines, which may share the directory and the number."""
+    return f"{process} on {platform.node()}"
 
 
 def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float | None:
@@ -84,7 +100,16 @@ def run_in_sweep(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float |
     Returns:
         The job's objective; ``None`` for a job that failed, which ends neither the sweep nor the other jobs.
     """
-    sweep = Path(HydraConfig.get().runtime.output_dir)
+    with in_worker() if _is_worker() else nullcontext():
+        return _run_or_leave(cfg, run, Path(HydraConfig.get().runtime.output_dir))
+
+
+def _is_worker() -> bool:
+    """Whether joblib began this process: the sweep's own has a report."""
+    return HydraConfig.get().launcher.get("n_jobs") is not None and SweepReport.latest is None
+
+
+def _run_or_leave(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Path) -> float | None:
     # a sweeper that leaves no record of what its jobs share names them by their identity alone
     own = varied(HydraConfig.get().overrides.task, sweep) if (sweep / SWEEP).is_file() else ()
     directory = sweep / job_name(cfg, own)
@@ -188,7 +213,7 @@ def _move_aside(path: Path) -> None:
 
 def _plan_of(cfg: DictConfig, state: str) -> str:
     """Returns what will happen with a job."""
-    if cfg.sweep.fresh and state != "new":
+    if cfg.sweep.fresh and state not in ("new", "running elsewhere"):
         return "started again, the earlier one kept"
     return "left alone" if state == "failed" and not cfg.sweep.retry_failed else PLANS[state]
 
@@ -206,6 +231,7 @@ class SweepReport(Callback):
     latest: ClassVar[SweepReport | None] = None
     failed = searches = False
     jobs = 0
+    _stopping = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the plan: every job of a grid, or what is left of a search, which chooses its jobs as it goes."""
@@ -222,6 +248,9 @@ class SweepReport(Callback):
     def _begin(self, config: DictConfig) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         SweepReport.latest = self
+        signal.signal(signal.SIGTERM, self._stop)
+        if "n_jobs" in config.hydra.launcher and callable(signal.getsignal(signal.SIGINT)):  # else it is ignored
+            signal.signal(signal.SIGINT, self._stop)
         self.searches = is_search(config.hydra.sweeper)
         if self.searches:
             if config.sweep.fresh and (self.directory / STUDY).exists():
@@ -260,6 +289,27 @@ class SweepReport(Callback):
                 plan = _plan_of(cfg, state)
             table.add_row(" ".join(own), state, plan)
         return table
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Ends the sweep as Ctrl-C does, once the jobs of its workers have stopped; a second signal does not wait for them."""
+        if number == signal.SIGTERM and is_lightnings(self._stop):  # which ends the job that this process trains
+            return
+        if not self._stopping:
+            self._stopping = True
+            self._stop_workers()
+        raise KeyboardInterrupt
+
+    def _stop_workers(self) -> None:
+        """Asks for the end of jobs that workers of this process train, and waits for it: joblib would kill them at once."""
+        asked = []
+        for path in self.directory.glob(f"*/{STATE}"):
+            job = _read(path)
+            if job.get("status") == "running" and job.get("begun_by") == _named(os.getpid()) and is_held(path.parent):
+                with suppress(ProcessLookupError):
+                    os.kill(job["process"], signal.SIGTERM)
+                    asked.append(path.parent)
+        while any(is_held(directory) for directory in asked):
+            time.sleep(0.1)
 
     @classmethod
     def refused(cls, overrides: Sequence[str]) -> bool:

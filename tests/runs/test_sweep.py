@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from runs.build import SettingError
+from runs.directory import is_held
 from runs.identity import identity, job_name, with_sweep_directory
 from runs.sweep import SweepReport, read_state, run_in_sweep
 from tests.jobs import QUICK, SMALL_DDPM, begin, command, configure, result, run_here
@@ -128,11 +129,11 @@ def wandb_files(directory):
     return sorted((directory / "outputs" / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def start(overrides, directory):
-    """``python train.py ...``, once the first last.ckpt of its sweep is there."""
+def start(overrides, directory, number=1):
+    """``python train.py ...``, once the first ``number`` last.ckpt of its sweep are there."""
     process = begin(*overrides, cwd=directory)
     deadline = time.monotonic() + 120
-    while not checkpoints(directory) and time.monotonic() < deadline:
+    while len(checkpoints(directory)) < number and time.monotonic() < deadline:
         time.sleep(0.1)
     return process
 
@@ -179,6 +180,43 @@ def test_ctrl_c_ends_a_sweep_with_its_summary_and_the_same_command_goes_on(tmp_p
     assert "sweep: 2 of 2 jobs done in" in done.stdout
     assert f"continuing from {directory}/checkpoints/last.ckpt" in done.stdout
     assert {result(path.parent)["step"] for path in tmp_path.glob("outputs/sweeps/*/*/result.json")} == {275}
+
+
+def test_jobs_over_cores_end_with_their_sweep_and_leave_checkpoints_however_it_ends(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    overrides = ["-m", *LONG, "trainer.max_epochs=100000", "seed=0,1,2", "hydra/launcher=cores", "hydra.launcher.n_jobs=2"]
+    process = start(overrides, tmp_path, number=2)
+    jobs = [path.parents[1] for path in checkpoints(tmp_path)]
+    assert {read_state(job) for job in jobs} == {("running elsewhere", "")}
+    os.kill(process.pid, signal.SIGTERM)
+    done = process.finish(timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "sweep: 0 of 3 jobs done, 2 interrupted, 1 not started in" in done.stdout
+    assert "the same command goes on" in done.stdout
+    assert done.stdout.count("interrupted at step") == 2
+    kept = assert_interrupted(jobs)
+
+    written = [path.stat().st_mtime_ns for path in checkpoints(tmp_path)]
+    killed = begin(*overrides, cwd=tmp_path)
+    await_that(lambda: all(path.stat().st_mtime_ns not in written for path in checkpoints(tmp_path)))
+    os.kill(killed.pid, signal.SIGKILL)  # the sweep's process alone
+    await_that(lambda: not any(is_held(job) for job in jobs))
+    killed.finish(timeout=60)
+    assert all(np.greater(assert_interrupted(jobs), kept))
+
+
+def await_that(holds):
+    deadline = time.monotonic() + 60
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert holds()
+
+
+def assert_interrupted(jobs):
+    """Holds jobs to have stopped by themselves; returns the steps of their checkpoints."""
+    assert [json.loads((job / "job.json").read_text())["status"] for job in jobs] == ["interrupted"] * len(jobs)
+    return [torch.load(job / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] for job in jobs]
 
 
 def test_jobs_that_ctrl_c_left_without_a_plan_are_counted(tmp_path, monkeypatch, capsys):
