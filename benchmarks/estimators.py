@@ -74,16 +74,16 @@ def measure(model: DDPMLightningModule, images: Tensor, batches: int) -> tuple[N
     with torch.no_grad():
         values = torch.cat([single_step(model, images).double() for _ in range(batches)], 1)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
+    sums: list[Tensor | float] = [0.0, 0.0]  # all gradients at once would take many GB
+    squares: list[Tensor | float] = [0.0, 0.0]
     for index in torch.randint(len(images), (GRADIENTS,)).tolist():
-        estimates = single_step(model, images[index : index + 1])
-        for form, found in zip(estimates, gradients, strict=True):
+        for k, form in enumerate(single_step(model, images[index : index + 1])):
             parts = torch.autograd.grad(form.sum(), parameters, allow_unused=True, retain_graph=True)
-            found.append(torch.cat([p.flatten().double() for p in parts if p is not None]))
+            gradient = torch.cat([p.flatten().double() for p in parts if p is not None])
+            sums[k], squares[k] = sums[k] + gradient, squares[k] + gradient.square().sum()
     noises = []
-    for form, found in zip(values, gradients, strict=True):
-        stacked = torch.stack(found)
-        spread = (stacked - stacked.mean(0)).square().sum() / (len(stacked) - 1)
+    for form, total, square in zip(values, sums, squares, strict=True):
+        spread = (square - total.square().sum() / GRADIENTS) / (GRADIENTS - 1)
         deviation = form.std().item()
         noises.append(Noise(form.mean().item(), deviation / math.sqrt(len(form)), deviation, spread.sqrt().item()))
     return noises[0], noises[1]

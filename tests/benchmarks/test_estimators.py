@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from benchmarks import estimators
 from benchmarks.estimators import printed_consistency_kl, single_step
 from benchmarks.likelihood import loop
 from benchmarks.small_models import linear_gaussian, linear_gaussian_elbo
@@ -39,6 +40,23 @@ def test_both_forms_have_the_closed_forms_mean_and_the_consistency_form_is_noisi
     for estimate in (*values, whole):
         assert abs(estimate.mean() - exact) < 4 * estimate.std() / len(estimate) ** 0.5
     assert values[1].std() > 1.3 * values[0].std()
+
+
+def test_the_noise_of_a_gradient_is_the_spread_of_gradients_one_by_one(monkeypatch):
+    monkeypatch.setattr(estimators, "GRADIENTS", 40)
+    model, x = linear_gaussian(5, 0.25, 0.8), 0.5 * torch.randn(64, 1, 1, 1, dtype=torch.float64)
+    torch.manual_seed(0)
+    found = estimators.measure(model, x, 1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        single_step(model, x)
+    gradients = ([], [])
+    for index in torch.randint(64, (40,)).tolist():
+        for form, into in zip(single_step(model, x[index : index + 1]), gradients, strict=True):
+            parts = torch.autograd.grad(form.sum(), list(model.parameters()), allow_unused=True, retain_graph=True)
+            into.append(torch.cat([part.flatten() for part in parts if part is not None]))
+    for noise, each in zip(found, gradients, strict=True):
+        assert noise.gradient == pytest.approx(torch.stack(each).var(0).sum().sqrt().item(), rel=1e-9)
 
 
 def test_the_printed_closed_form_is_far_from_the_bound():
