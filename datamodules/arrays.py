@@ -121,7 +121,8 @@ def find_arrays(source: str) -> dict[str, list[ImageArray]]:
         ValueError: if a file is damaged, or has images of another shape than the others.
     """
     path = Path(source).expanduser()
-    found = path.glob("*.npz") if path.is_dir() else map(Path, glob(str(path)))
+    # a file's name may look like a glob, as a[1].npz does
+    found = path.glob("*.npz") if path.is_dir() else [path] if path.is_file() else map(Path, glob(str(path)))
     files = sorted(found, key=_natural)
     splits: dict[str, list[ImageArray]] = {"train": [], "val": [], "test": []}
     for file in files:

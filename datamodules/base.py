@@ -133,7 +133,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self._expect("levels", levels, actual_levels)
         self.batch_size = at_least("data.batch_size", batch_size, 1)
         self.seed = at_least("data.seed", seed, 0)
-        self.split_seed = at_least("data.split_seed", split_seed, 0)
+        self.split_seed = at_least("data.split_seed", split_seed, 0, 2**32 - 1)  # scikit-learn's
         self.flip, self.binarization = flip, binarization or NoBinarization()
         if self.binarization.name != "none" and actual_levels != self.binarization.levels:
             raise ValueError(

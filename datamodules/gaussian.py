@@ -43,11 +43,21 @@ class GaussianDataModule(ImageDataModule):
         self.std, self.numbers = std, {split: at_least(f"data.num_{split}", num, 1) for split, num in numbers.items()}
 
     def load(self) -> dict[str, Tensor]:
-        """Draws the splits, each float32 (n, C, H, W)."""
-        return {
-            split: self.std * torch.randn((num, *self.image_shape), generator=seeded(self.split_seed, "gaussian", split))
-            for split, num in self.numbers.items()
-        }
+        """Draws the splits, each float32 (n, C, H, W).
+
+        Raises:
+            ValueError: if memory does not hold one.
+        """
+        return {split: self._draw(split, num) for split, num in self.numbers.items()}
+
+    def _draw(self, split: str, num: int) -> Tensor:
+        generator = seeded(self.split_seed, "gaussian", split)
+        try:
+            return self.std * torch.randn((num, *self.image_shape), generator=generator)
+        except (RuntimeError, TypeError):  # of a number that torch cannot hold
+            raise ValueError(
+                f"data.num_{split}={num}: memory does not hold so many images of {list(self.image_shape)}; draw fewer"
+            ) from None
 
     def describe(self) -> str:
         """Returns one line about the data, after ``setup``, and the figure that no model can be expected to fall below."""

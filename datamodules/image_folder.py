@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from datamodules.base import DamagedDataError, ImageDataModule, Images, shuffled
 from datamodules.files import MissingDataError
-from datamodules.sampling import at_least
+from datamodules.sampling import MOST_WORKERS, at_least
 
 
 class UnreadablePictureError(DamagedDataError):
@@ -37,7 +37,9 @@ def eight_bits(picture: Image.Image, path: Path, kind: str | None) -> Image.Imag
     Raises:
         UnreadablePictureError: for numbers whose range the file does not tell.
     """
-    if picture.mode == "F" or (picture.mode == "I" and kind != "PNG"):  # as older versions open 16-bit PNG files
+    # 16 bits, too: older versions open PNG files so, and all of them netpbm's, whose stated white becomes 65535
+    sixteen = picture.mode == "I" and kind in ("PNG", "PPM")
+    if picture.mode == "F" or (picture.mode == "I" and not sixteen):
         raise UnreadablePictureError(
             f"image_folder: {path} holds 32-bit numbers (mode {picture.mode}), whose black and white are unknown: convert it "
             "to 8 or 16 bits"
@@ -76,6 +78,11 @@ class Pictures:
             return pil_to_tensor(center_crop(picture, self.image_size))
         except UnreadablePictureError:
             raise
+        except Image.DecompressionBombError:
+            raise UnreadablePictureError(
+                f"image_folder: {path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which are not decoded for the "
+                "memory they would take: scale it down or take it away"
+            ) from None
         except Exception:  # decoders raise errors of many kinds
             raise UnreadablePictureError(f"image_folder: {path} cannot be read; repair it or take it away") from None
 
@@ -147,14 +154,17 @@ class ImageFolderDataModule(ImageDataModule):
         if channels not in (1, 3):
             raise ValueError(f"data.channels={channels}: choose 3 for RGB or 1 for grey")
         for setting, fraction in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
-            if not 0 < fraction < 1 or val_fraction + test_fraction >= 1:
-                raise ValueError(f"data.{setting}={fraction}: both fractions must be above 0 and their sum below 1")
+            if not 0 < fraction < 1:
+                raise ValueError(f"data.{setting}={fraction}: give a fraction above 0 and below 1")
+        if val_fraction + test_fraction >= 1:
+            both = f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction}"
+            raise ValueError(f"{both}: their sum must be below 1, hold fewer pictures out")
         if max_memory_gb < 0:
             raise ValueError(f"data.max_memory_gb={max_memory_gb}: give a number of gigabytes, 0 to keep nothing in memory")
         super().__init__(**shared, actual_shape=(channels, image_size, image_size), actual_levels=256, flip=horizontal_flip)
         self.root, self.max_bytes = Path(root).expanduser(), max_memory_gb * 1e9
         self.fractions = {"val": val_fraction, "test": test_fraction}
-        self.loading_workers = at_least("data.num_workers", num_workers, 0)
+        self.loading_workers = at_least("data.num_workers", num_workers, 0, MOST_WORKERS)
 
     def find(self) -> dict[str, list[Path]]:
         """Returns the files of each split.

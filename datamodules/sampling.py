@@ -16,15 +16,18 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 from losses.checks import is_whole
 from losses.draws import Rows, seeded
 
+MOST_WORKERS = 1024  # processes of one loader
 
-def at_least(setting: str, value: object, minimum: int) -> int:
-    """Returns ``value`` if it is an integer of at least ``minimum``.
+
+def at_least(setting: str, value: object, minimum: int, most: int | None = None) -> int:
+    """Returns ``value`` if it is an integer of at least ``minimum``, and of at most ``most`` if there is such a bound.
 
     Raises:
         ValueError: otherwise, naming the setting.
     """
-    if not is_whole(value, minimum):
-        raise ValueError(f"{setting}={value}: give an integer of at least {minimum}")
+    if not is_whole(value, minimum) or (most is not None and value > most):
+        bound = "" if most is None else f" and at most {most}"
+        raise ValueError(f"{setting}={value}: give an integer of at least {minimum}{bound}")
     return value
 
 

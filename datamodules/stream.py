@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.base import ImageBatches, ImageDataModule, shuffled
-from datamodules.sampling import BatchRecord, GlobalBatchSampler, at_least
+from datamodules.sampling import MOST_WORKERS, BatchRecord, GlobalBatchSampler, at_least
 from datamodules.shards import Manifest, ShardedImages
 from losses.draws import seeded
+
+MOST_IN_BLOCK = 2**24  # an order is drawn for a whole block at once
 
 
 class BlockSampler(GlobalBatchSampler):
@@ -126,8 +128,8 @@ class StreamDataModule(ImageDataModule):
         super().__init__(**shared, **actual, flip=horizontal_flip)
         self.root, self.verify = Path(root).expanduser(), verify
         self.held_out = {"val": at_least("data.num_val", num_val, 1), "test": at_least("data.num_test", num_test, 1)}
-        self.block_size = at_least("data.block_size", block_size, 1)
-        self.num_workers = at_least("data.num_workers", num_workers, 0)
+        self.block_size = at_least("data.block_size", block_size, 1, MOST_IN_BLOCK)
+        self.num_workers = at_least("data.num_workers", num_workers, 0, MOST_WORKERS)
         self.prefetch = at_least("data.prefetch", prefetch, 1)
 
     def prepare_data(self) -> None:

@@ -105,6 +105,8 @@ def test_names_say_the_split_and_numbers_the_order(tmp_path):
     (tmp_path / "more").mkdir()
     np.savez(tmp_path / "more/x.npz", data=pictures(2, 48))
     assert names(find_arrays(f"{tmp_path}/mo*/*.npz")) == {"train": ["x.npz"]}
+    np.savez(tmp_path / "more/a[1].npz", data=pictures(2, 48))
+    assert names(find_arrays(f"{tmp_path}/more/a[1].npz")) == {"train": ["a[1].npz"]}
 
 
 def test_sources_that_cannot_work(tmp_path):

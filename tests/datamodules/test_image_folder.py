@@ -139,15 +139,24 @@ def test_pictures_of_sixteen_bits_are_those_of_eight_and_numbers_without_a_range
     Image.fromarray(ramp).save(tmp_path / "eight.png")
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "sixteen.tif")
+    (tmp_path / "sixteen.pgm").write_bytes(b"P5\n8 8\n65535\n" + (ramp.astype(">u2") * 257).tobytes())
+    (tmp_path / "ten.pgm").write_bytes(b"P5\n8 8\n1023\n" + np.rint(ramp / 255 * 1023).astype(">u2").tobytes())
     Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "float.tif")
     Image.fromarray(ramp.astype(np.int32) * 10000).save(tmp_path / "wide.tif")
     for channels in (1, 3):
         decode = Pictures([], 8, channels).decode
-        for name in ("sixteen.png", "sixteen.tif"):
+        for name in ("sixteen.png", "sixteen.tif", "sixteen.pgm", "ten.pgm"):
             assert torch.equal(decode(tmp_path / name), decode(tmp_path / "eight.png"))
         for name in ("float.tif", "wide.tif"):
             with pytest.raises(UnreadablePictureError, match=rf"{name} holds 32-bit numbers .*convert it to 8 or 16 bits"):
                 decode(tmp_path / name)
+
+
+def test_pictures_too_large_to_be_decoded_are_not_called_damaged(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UnreadablePictureError, match=r"000.png has more than 40 pixels, .*: scale it down or take it away"):
+        Pictures([], 8, 3).decode(tmp_path / "000.png")
 
 
 def test_photographs_stand_as_their_camera_says(tmp_path):
@@ -203,9 +212,11 @@ def test_missing_folder(tmp_path):
         ({"image_size": 0}, "data.image_size=0: "),
         ({"channels": 4}, "data.channels=4: "),
         ({"val_fraction": 0}, "data.val_fraction=0: "),
-        ({"test_fraction": 0.95}, "data.val_fraction=0.1: "),
+        ({"test_fraction": float("inf")}, "data.test_fraction=inf: "),
+        ({"test_fraction": 0.95}, "data.val_fraction=0.1 and data.test_fraction=0.95: "),
         ({"max_memory_gb": -1}, "data.max_memory_gb=-1: "),
         ({"num_workers": -1}, "data.num_workers=-1: "),
+        ({"num_workers": 10**11}, "data.num_workers=100000000000: "),
         ({"image_shape": [3, 64, 64]}, "data.image_shape="),
     ],
 )
