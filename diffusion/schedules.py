@@ -16,6 +16,7 @@ from torch import Tensor
 from losses.checks import is_whole
 
 BETA_MAX = 0.999  # Nichol & Dhariwal 2021, section 3.2: "to prevent singularities at the end"
+ENDS = "choose beta_start and beta_end inside (0, 1)"
 
 
 def check_num_steps(num_steps: int) -> None:
@@ -30,14 +31,23 @@ def check_num_steps(num_steps: int) -> None:
         )
 
 
-def check_betas(betas: Tensor, name: str, advice: str) -> Tensor:
-    """Returns betas, or refuses them when one lies outside (0, 1) or is not finite, naming the schedule and a way out."""
+def check_betas(betas: Tensor, name: str, advice: str, **settings: float) -> Tensor:
+    """Returns betas, or refuses them when one lies outside (0, 1) or is not finite.
+
+    Args:
+        betas: of t = 1..T.
+        name: of the schedule.
+        advice: a way out.
+        settings: those to blame.
+
+    Raises:
+        ValueError: naming all of these.
+    """
     bad = ~((betas > 0) & (betas < 1))
     if bad.any():
         t = int(bad.nonzero()[0]) + 1
-        raise ValueError(
-            f"schedule={name} with num_steps={len(betas)} gives beta_{t} = {betas[t - 1].item():.4g}, outside (0, 1): {advice}"
-        )
+        given = ", ".join(f"{setting}={value!r}" for setting, value in settings.items())
+        raise ValueError(f"schedule={name} with {given} gives beta_{t} = {betas[t - 1].item():.4g}, outside (0, 1): {advice}")
     return betas
 
 
@@ -53,16 +63,20 @@ def linear(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02, res
     inside = 0 < beta_start < 1 and 0 < beta_end < 1
     if rescale and stretch * beta_end >= 1:  # at T = 1 linspace holds the start only, which hides the end
         betas[-1] = stretch * beta_end
-    return check_betas(betas, "linear", advice if rescale and inside else "choose beta_start and beta_end inside (0, 1)")
+    if rescale and inside:
+        return check_betas(betas, "linear", advice, num_steps=num_steps)
+    return check_betas(betas, "linear", ENDS, beta_start=beta_start, beta_end=beta_end)
 
 
 def scaled_linear(num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """β_t = linspace(√beta_start, √beta_end, T)², also called "quad" (Song et al. 2021, DDIM; latent diffusion)."""
     check_num_steps(num_steps)
     if beta_start <= 0 or beta_end <= 0:
-        raise ValueError(f"schedule=scaled_linear needs beta_start and beta_end in (0, 1), got {beta_start!r} and {beta_end!r}")
+        raise ValueError(
+            f"schedule=scaled_linear needs beta_start and beta_end in (0, 1), got {beta_start=!r} and {beta_end=!r}"
+        )
     betas = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_steps, dtype=torch.float64).square()
-    return check_betas(betas, "scaled_linear", "choose beta_start and beta_end inside (0, 1)")
+    return check_betas(betas, "scaled_linear", ENDS, beta_start=beta_start, beta_end=beta_end)
 
 
 def cosine(num_steps: int, s: float = 0.008) -> Tensor:
@@ -70,7 +84,7 @@ def cosine(num_steps: int, s: float = 0.008) -> Tensor:
     check_num_steps(num_steps)
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2).square()
-    return check_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=BETA_MAX), "cosine", "choose another s")
+    return check_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=BETA_MAX), "cosine", "choose another s", s=s)
 
 
 def sigmoid(num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Tensor:
@@ -82,7 +96,7 @@ def sigmoid(num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 
     # σ(b) - σ(a) = σ(b) σ(-a) (1 - e^{a-b}), so β_t = (σ(b_t) - σ(b_{t-1})) / (σ(end/τ) - σ(b_{t-1})) without a cancellation
     gate = F.logsigmoid(at)
     betas = torch.exp(gate[1:] - gate[-1]) * torch.expm1(-torch.diff(at)) / torch.expm1(at[:-1] - at[-1])
-    return check_betas(betas.clamp(max=BETA_MAX), "sigmoid", "choose other values for its settings")
+    return check_betas(betas.clamp(max=BETA_MAX), "sigmoid", "choose others", start=start, end=end, tau=tau)
 
 
 def log_snr_linear(num_steps: int, log_snr_max: float = 6.5, log_snr_min: float = -9.0) -> Tensor:
@@ -93,16 +107,17 @@ def log_snr_linear(num_steps: int, log_snr_max: float = 6.5, log_snr_min: float 
     """
     check_num_steps(num_steps)
     if not log_snr_max > log_snr_min:
-        raise ValueError(f"schedule=log_snr_linear needs log_snr_max > log_snr_min, got {log_snr_max!r} and {log_snr_min!r}")
+        raise ValueError(f"schedule=log_snr_linear needs log_snr_max > log_snr_min, got {log_snr_max=!r} and {log_snr_min=!r}")
     log_alpha_bar = F.logsigmoid(torch.linspace(log_snr_max, log_snr_min, num_steps, dtype=torch.float64))
     betas = -torch.expm1(torch.diff(log_alpha_bar, prepend=log_alpha_bar.new_zeros(1)))
-    return check_betas(betas, "log_snr_linear", "choose log_snr_max and log_snr_min nearer to 0")
+    return check_betas(betas, "log_snr_linear", "choose them nearer to 0", log_snr_max=log_snr_max, log_snr_min=log_snr_min)
 
 
 def constant(num_steps: int, beta: float = 0.02) -> Tensor:
     """β_t = beta for every t, not rescaled (Ho et al. 2020's code, "const")."""
     check_num_steps(num_steps)
-    return check_betas(torch.full((num_steps,), float(beta), dtype=torch.float64), "constant", "choose beta inside (0, 1)")
+    betas = torch.full((num_steps,), float(beta), dtype=torch.float64)
+    return check_betas(betas, "constant", "choose it inside (0, 1)", beta=beta)
 
 
 def jsd(num_steps: int) -> Tensor:

@@ -7,10 +7,11 @@ signatures of classes and functions say is known before any of them is called.
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from enum import Enum
 from os import PathLike
@@ -61,7 +62,7 @@ def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
                 yield f"{key}={value} is a choice, not a setting: give {group}={value}"
                 continue
             quoted = f", as {key}='\"{value}\"'" if isinstance(value, (int, float)) and fits(str(value), hints[name]) else ""
-            yield f"{key}={value}: give {kind(hints[name])}{quoted}"
+            yield f"{key}={value}: give {kind(hints[name])}{quoted}{_odd_one(value, hints[name])}"
 
 
 def unknown(node: DictConfig, name: str, names: Iterable[str] = ()) -> str:
@@ -135,7 +136,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in arguments)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, NONE):
@@ -144,7 +145,7 @@ def fits(value: Any, hint: Any) -> bool:
     if _is_sequence(outer):
         if not isinstance(value, (ListConfig, list, tuple)):
             return False
-        each = arguments if outer is tuple and ... not in arguments else arguments[:1] * len(value)
+        each = _parts(value, hint)
         return not arguments or (len(value) == len(each) and all(map(fits, value, each)))
     if not isinstance(outer, type) or outer in (Any, object) or issubclass(outer, (PathLike, Enum)):
         return True
@@ -155,6 +156,23 @@ def _is_sequence(hint: Any) -> bool:
     """Whether a list is what is asked for, and not a class that can be walked as well, as tensors can."""
     builtin = isinstance(hint, type) and hint.__module__ in ("builtins", "collections.abc")
     return builtin and issubclass(hint, Iterable) and not issubclass(hint, Mapping)
+
+
+def _parts(value: Sequence[Any], hint: Any) -> tuple[Any, ...]:
+    """Returns what is asked for of each part of a list; of a tuple, there may be more or fewer than the list has."""
+    arguments = typing.get_args(hint)
+    return arguments if typing.get_origin(hint) is tuple and ... not in arguments else arguments[:1] * len(value)
+
+
+def _odd_one(value: Any, hint: Any) -> str:
+    """Returns which part of a list is not as the others should be, in words."""
+    if not isinstance(value, (ListConfig, list)) or not _is_sequence(typing.get_origin(hint) or hint):
+        return ""
+    each = _parts(value, hint)
+    if len(value) != len(each):
+        return ""
+    odd = next((part for part, asked in zip(value, each, strict=True) if not fits(part, asked)), None)
+    return "" if odd is None else f", {odd!r} is none"
 
 
 def _alternatives(hint: Any) -> list[str]:
@@ -175,5 +193,12 @@ def kind(hint: Any) -> str:
         return NAMES[hint]
     if _is_sequence(origin or hint):
         number = f"{len(arguments)} " if origin is tuple and ... not in arguments else ""
-        return f"a list of {number}{PLURALS.get(arguments[0], 'values')}" if arguments else "a list"
+        return f"a list of {number}{_plural(arguments[0])}" if arguments else "a list"
     return NODE
+
+
+def _plural(hint: Any) -> str:
+    """Returns in words what the parts of a list are, where a config can hold one kind of them."""
+    arguments = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    plurals = {PLURALS[one] for one in arguments if one in PLURALS and not (one is int and float in arguments)}
+    return plurals.pop() if len(plurals) == 1 else "values"
