@@ -41,6 +41,11 @@ class MetricsCSV(Logger):
         """The config has a file of its own."""
 
     @rank_zero_only
+    def log_graph(self, *args: Any, **kwargs: Any) -> None:
+        """Looks at the file: Lightning asks for this before it trains, so that what cannot be continued is refused then."""
+        self._read()
+
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends a row."""
         if self._columns is None:
@@ -51,15 +56,27 @@ class MetricsCSV(Logger):
         if new := [name for name in row if name not in self._columns]:
             self._columns = [*self._columns, *new]
             self._write(self._read()[1])
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Returns the columns and the rows.
+
+        Raises:
+            ValueError: if the file is no text of this kind, which nothing can be appended to.
+        """
         if not self.path.exists():
             return [], []
-        with self.path.open(newline="") as file:
-            reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a last one without was cut off
-            return list(reader.fieldnames or []), list(reader)
+        try:
+            with self.path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a last one without was cut off
+                columns, rows = list(reader.fieldnames or []), list(reader)
+            if columns and "step" not in columns:
+                raise ValueError("it has no column step")
+        except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+            reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise ValueError(f"{self.path} is damaged ({reason}): bring it in order or take it away, and go on") from None
+        return columns, rows
 
     def _stands(self, row: dict[str, str], new: dict[str, float]) -> bool:
         """Whether a row stays beside the first new one.
@@ -78,7 +95,7 @@ class MetricsCSV(Logger):
     def _write(self, rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")
-        with draft.open("w", newline="") as file:
+        with draft.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)

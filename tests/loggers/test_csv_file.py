@@ -1,5 +1,7 @@
 import csv
 
+import pytest
+
 from loggers import MetricsCSV
 
 
@@ -44,3 +46,25 @@ def test_damaged_rows_are_taken_out(tmp_path):
     path.write_text("step,train/loss\r\n1,0.5\r\n2,0.4,0.1\r\n1.5,0.3\r\n,0.1\r\n3,0.2\r\n")
     MetricsCSV(str(path), 4).log_metrics({"train/loss": 0.25}, step=4)
     assert [row["step"] for row in read(path)] == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"step,train/loss\r\n1,0.5\x98\r\n", "it is not UTF-8"), (b"train/loss\r\n0.5\r\n", "it has no column step")],
+)
+def test_a_file_that_cannot_be_continued_is_named_before_training_and_left_as_it_is(tmp_path, content, reason):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    logger = MetricsCSV(str(path), 4)
+    for looks in (lambda: logger.log_graph(None), lambda: logger.log_metrics({"train/loss": 0.25}, step=4)):
+        with pytest.raises(ValueError, match=r"metrics\.csv is damaged") as error:
+            looks()
+        assert str(error.value) == f"{path} is damaged ({reason}): bring it in order or take it away, and go on"
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_a_spreadsheet_has_marked_as_utf_8_is_continued(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,train/loss\r\n1,0.5\r\n", encoding="utf-8-sig")
+    MetricsCSV(str(path), 4).log_metrics({"train/loss": 0.25}, step=4)
+    assert [row["step"] for row in read(path)] == ["1", "4"]
