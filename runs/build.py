@@ -55,7 +55,7 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
         found = re.search(r"unexpected keyword argument '(\w+)'", sentence)
         if found and found[1] in settings:
             raise SettingError(unknown(node, found[1])) from None
-        plain_ones = [f"{name}={value}" for name, value in settings.items() if not OmegaConf.is_config(value)]
+        plain_ones = [f"{name}={value}" for name, value in settings.items() if not OmegaConf.is_dict(value)]
         given = f" with {', '.join(plain_ones)}" if plain_ones else ""
         raise SettingError(f"{key or 'the config'} cannot be built{given}: {sentence}") from fault
     if wrong := next(wrong_kinds(cfg, nulls=True), None):  # what was built would fail when it comes to use it

@@ -17,12 +17,13 @@ from torch.distributed import is_backend_available
 
 from callbacks import BatchSizeFinder
 from datamodules import ImageDataModule
+from datamodules.sampling import at_least
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
-from losses.checks import is_whole
 from runs.build import SettingError
 from runs.devices import check_processes
 from runs.directory import higher_is_better
+from runs.faults import is_somebodys
 from runs.kinds import wrong_kinds
 from runs.names import check_names
 
@@ -43,6 +44,8 @@ INTEGERS = {
     "callbacks.seeding.seed": (0, False),
     "model.lr_scheduler.warmup_steps": (0, False),
 }
+MOST = {"callbacks.pictures.num": 10_000}  # of those above, where more would take memory without end
+MOST_DEVICES = 10_000  # of one machine: each is listed
 # least value of each, whether that value itself is one, and whether null is
 NUMBERS = {
     "trainer.gradient_clip_val": (0, True, True),
@@ -83,6 +86,7 @@ def check_settings(cfg: DictConfig) -> None:
         if name in cfg.trainer:
             raise SettingError(f"trainer.{name}={cfg.trainer[name]}: leave it out and set {instead}")
     check_precision("trainer", cfg.trainer.precision)
+    check_devices("trainer", cfg.trainer.get("devices"))
     # the data's first, to which the model's refer; of the model, too, before data is read
     if wrong := next(chain(wrong_kinds(cfg.data), wrong_kinds(cfg)), None):
         raise SettingError(wrong)
@@ -112,9 +116,12 @@ def _given(cfg: DictConfig, name: str) -> Any:
 def _check_types(cfg: DictConfig) -> None:
     for name, (least, nullable) in INTEGERS.items():
         there, value = _given(cfg, name)
-        fine = is_whole(value, least)
-        if there and not fine and not (value is None and nullable):
-            raise SettingError(f"{name}={value}: give an integer of at least {least}")
+        if not there or (value is None and nullable):
+            continue
+        try:
+            at_least(name, value, least, MOST.get(name))
+        except ValueError as error:
+            raise SettingError(str(error)) from None
     for name, (least, itself, nullable) in NUMBERS.items():
         there, value = _given(cfg, name)
         fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -139,6 +146,20 @@ def check_precision(group: str, precision: Any) -> None:
     """
     if str(precision) not in PRECISIONS:
         raise SettingError(f"{group}.precision={precision} is not supported: choose {' or '.join(PRECISIONS[:2])}")
+
+
+def check_devices(group: str, devices: Any) -> None:
+    """Refuses a number of devices that no machine has, which Lightning would list one by one.
+
+    Args:
+        group: ``trainer`` or ``fabric``, whose setting it is.
+        devices: the setting: a number, a list of them or a word.
+
+    Raises:
+        SettingError: naming it.
+    """
+    if str(devices).isdecimal() and int(devices) > MOST_DEVICES:
+        raise SettingError(f"{group}.devices={devices}: give the number of devices of one machine, at most {MOST_DEVICES}")
 
 
 def _check_scaled_gradients(cfg: DictConfig) -> None:
@@ -233,7 +254,10 @@ def check_model(model: LikelihoodModule, image_shape: tuple[int, ...]) -> None:
     try:
         model.optimizer_factory(model.parameters())
     except Exception as error:  # of whichever optimiser it is
-        raise SettingError(f"model.optimizer cannot be built: {' '.join(str(error).split())}") from error
+        settings = getattr(model.optimizer_factory, "keywords", {})
+        given = f" with {', '.join(f'{name}={value}' for name, value in settings.items())}" if settings else ""
+        sentence = f"model.optimizer cannot be built{given}: {' '.join(str(error).split())}"
+        raise SettingError(sentence) from (error if is_somebodys(error) else None)
 
 
 def check_limits(cfg: DictConfig, datamodule: ImageDataModule) -> None:

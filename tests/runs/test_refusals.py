@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from runs.build import SettingError
+from runs.entry import told
 from tests.jobs import command, configure, result, run_here
 
 
@@ -104,6 +105,19 @@ from tests.jobs import command, configure, result, run_here
         (["+callbacks.mine.monitor=x"], "callbacks.mine has no _target_"),
         (["data._target_=tests.probes.ForeignData"], "data._target_=tests.probes.ForeignData: derive it"),
         (["+trainer.default_root_dir=here"], "hydra.run.dir"),
+        (["model.schedule.log_snr_min=nan"], "model.schedule.log_snr_min=nan: give a number"),
+        (["model.schedule.log_snr_min=-inf"], "model.schedule: schedule=log_snr_linear with log_snr_max=6.5, log_snr_min=-inf"),
+        (["model/schedule=linear", "model.num_steps=4", "model.schedule.beta_start=2"], "model.schedule: schedule=linear with"),
+        (["model/schedule=constant", "model.schedule.beta=2", "model.num_steps=4"], "model.schedule.beta=2: schedule="),
+        (["model/schedule=scaled_linear", "model.schedule.beta_end=-1"], "and beta_end=-1"),
+        (["model/schedule=cosine", "model.schedule.s=-0.5"], "model.schedule.s=-0.5: schedule=cosine"),
+        (["model.optimizer.betas=[0.9,abc]"], "betas=[0.9, 'abc']: give a list of 2 numbers, 'abc' is none"),
+        (["model.optimizer.betas=[0.9,1.5]"], "betas=[0.9, 1.5], "),
+        (["+model.optimizer.eps=-1"], "eps=-1: Invalid epsilon value"),
+        (["data.split_seed=4294967296"], "data.split_seed=4294967296: give an integer of at least 0 and at most 4294967295"),
+        (["data=gaussian", "data.num_val=100000000000"], "data.num_val=100000000000: memory does not hold so many"),
+        (["callbacks.pictures.num=100000000000"], "callbacks.pictures.num=100000000000: give an integer of at least 1 and at"),
+        (["trainer.devices=100000000000"], "trainer.devices=100000000000: give the number of devices of one machine"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_one_sentence_before_training(overrides, sentence, tmp_path):
@@ -112,6 +126,7 @@ def test_settings_that_cannot_work_are_refused_in_one_sentence_before_training(o
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+    assert told(error.value) == f"error: {error.value}"  # without a traceback
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
