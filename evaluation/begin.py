@@ -15,12 +15,18 @@ from datamodules.sampling import at_least
 from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
 from losses.checks import is_whole
-from runs.build import SettingError
+from runs.build import SettingError, build_part
 from runs.devices import check_processes, round_float32
-from runs.settings import MANY_RANKS, check_precision
+from runs.settings import MANY_RANKS, check_devices, check_precision
 
 
-def check_kinds(cfg: DictConfig, least: Mapping[str, int], switches: Sequence[str], optional: Sequence[str] = ()) -> None:
+def check_kinds(
+    cfg: DictConfig,
+    least: Mapping[str, int],
+    switches: Sequence[str],
+    optional: Sequence[str] = (),
+    most: Mapping[str, int] | None = None,
+) -> None:
     """Refuses settings of another kind, in one sentence.
 
     Args:
@@ -28,6 +34,7 @@ def check_kinds(cfg: DictConfig, least: Mapping[str, int], switches: Sequence[st
         least: integers, with the least that each may be.
         switches: those that are true or false.
         optional: integers that may be null.
+        most: the most that some of the integers may be.
     """
     for name in switches:
         if not isinstance(cfg[name], bool):
@@ -36,7 +43,7 @@ def check_kinds(cfg: DictConfig, least: Mapping[str, int], switches: Sequence[st
         if cfg[name] is None and name in optional:
             continue
         try:
-            at_least(name, cfg[name], minimum)
+            at_least(name, cfg[name], minimum, (most or {}).get(name))
         except ValueError as error:
             raise SettingError(str(error)) from None
 
@@ -84,14 +91,12 @@ def build_fabric(cfg: DictConfig, adds_up: bool) -> Fabric:
             f"fabric.num_nodes={cfg.num_nodes}, but nothing says where the others are: start by torchrun or in SLURM"
         )
     check_precision("fabric", cfg.precision)
+    check_devices("fabric", cfg.devices)
     settings = OmegaConf.to_container(cfg, resolve=True)
     if adds_up and settings["accelerator"] == "auto" and torch.backends.mps.is_available():
         settings["accelerator"] = "cpu"  # Apple's GPUs have no float64
     round_float32("fabric", settings.pop("float32_matmul_precision"))
-    try:
-        fabric = Fabric(**settings)
-    except Exception as error:
-        raise SettingError(f"fabric: {' '.join(str(error).split())}") from error
+    fabric: Fabric = build_part(OmegaConf.create({"fabric": {"_target_": "lightning.fabric.Fabric", **settings}}).fabric)
     check_processes("fabric", len(getattr(fabric.strategy, "parallel_devices", None) or [fabric.device]), cfg.num_nodes)
     return fabric
 

@@ -18,6 +18,8 @@ from runs.build import SettingError, build_part
 from runs.names import check_names
 from runs.speech import quiet_libraries
 
+MOST_DRAWS = 10**6  # of one image
+
 
 def run(cfg: DictConfig) -> tuple[float, bool]:
     """Evaluates what ``cfg`` describes.
@@ -88,7 +90,8 @@ def check_settings(cfg: DictConfig) -> None:
             f"precision={cfg.precision} must be above 0: it is the wished standard error of the noise, in bits/dim"
         )
     least = {"batch_size": 1, "iwae_samples": 0, "probability_flow": 0, "seed": 0, "replicates": 1, "max_images": 2}
-    check_kinds(cfg, least, ("balance", "pictures"), optional=("replicates", "max_images"))
+    most = dict.fromkeys(("iwae_samples", "probability_flow", "replicates"), MOST_DRAWS)
+    check_kinds(cfg, least, ("balance", "pictures"), optional=("replicates", "max_images"), most=most)
 
 
 def check_model(cfg: DictConfig, estimator: Estimator, model: LikelihoodModule) -> None:

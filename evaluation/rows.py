@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from lightning.fabric import Fabric
@@ -95,10 +96,10 @@ def over_batches(
     """
     rank, ranks = (fabric.global_rank, fabric.world_size) if share else (0, 1)
     count = rows.replicates
-    turns = [range(count)[first : first + (at_once or count)] for first in range(0, count, at_once or count)]
-    mine = [image * count + k for turn in turns for image in range(rank, len(rows.order), ranks) for k in turn]
-    for start in range(0, len(mine), batch_size):
-        numbers = mine[start : start + batch_size]
+    turns = (range(count)[first : first + (at_once or count)] for first in range(0, count, at_once or count))
+    # one after the other: a list of them would grow with the replicates
+    mine = (image * count + k for turn in turns for image in range(rank, len(rows.order), ranks) for k in turn)
+    while numbers := list(islice(mine, batch_size)):
         x, own = rows.batch(numbers)
         with torch.inference_mode(), fabric.autocast(), own_generators(own):
             values = function(x.to(fabric.device))

@@ -70,7 +70,7 @@ class SavedRun:
             return {"ema": self.content["state_dict"], "raw": self.content["current_model_state"]}
         return {"raw": self.content["state_dict"]}
 
-    def choose(self, wished: str | None, several: bool = True) -> list[str]:
+    def choose(self, wished: object, several: bool = True) -> list[str]:
         """Returns the sets of weights that are wished for: by default the one that the run itself was tested with.
 
         Args:
@@ -81,7 +81,7 @@ class SavedRun:
             SettingError: if they are not there, or not finite.
         """
         there = list(self.weights)
-        chosen = there if wished == "both" and several and len(there) == 2 else [wished or there[0]]
+        chosen = there if wished == "both" and several and len(there) == 2 else [there[0] if wished is None else wished]
         for name in chosen:
             if name not in there:
                 raise SettingError(

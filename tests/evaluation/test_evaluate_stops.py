@@ -17,6 +17,7 @@ from evaluation.flow import ProbabilityFlow
 from lightning_modules import VAELightningModule
 from networks import MLPDenoiser
 from runs.build import SettingError
+from runs.entry import told
 from tests.evaluation.evaluations import CPU, QUICK, evaluate_here, record, refuse_constant
 from tests.jobs import ROOT, begin
 
@@ -76,6 +77,13 @@ def test_an_estimate_that_is_not_finite_is_no_figure(runs, tmp_path, monkeypatch
         ("vae", ["probability_flow=1"], "probability_flow=1"),
         ("ddpm", ["evaluation=stratified", "evaluation.calls=1"], "evaluation.calls=1"),
         ("ddpm", ["evaluation=importance", "evaluation.calls=2.5"], "evaluation.calls=2.5"),
+        ("vae", ["weights=0"], "weights=0"),
+        ("vae", ["iwae_samples=100000000000"], "iwae_samples=100000000000: give an integer of at least 0 and at most 1000000"),
+        ("vae", ["replicates=100000000000"], "replicates=100000000000"),
+        ("ddpm", ["probability_flow=100000000000"], "probability_flow=100000000000"),
+        ("vae", ["fabric.accelerator=[1,2]"], "fabric.accelerator=[1, 2]: give a word"),
+        ("vae", ["fabric.devices=100000000000"], "fabric.devices=100000000000: give the number of devices of one machine"),
+        ("vae", ["fabric.accelerator=cpu", "fabric.devices=[0]"], "fabric cannot be built with accelerator=cpu, devices=[0], "),
         ("vae", ["fabric.precision=half"], "precision"),
         ("vae", ["fabric.precision=bf16-true"], "bf16-mixed"),
         ("vae", ["fabric.accelerator=tpu"], "fabric"),
@@ -90,6 +98,7 @@ def test_settings_that_cannot_work_are_refused_in_one_sentence_before_any_work(n
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
+    assert told(error.value) == f"error: {error.value}"  # without a traceback
     assert "total" not in capsys.readouterr().out
     assert not (run / "evaluation.json").exists()
 

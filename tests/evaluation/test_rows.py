@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -6,9 +7,9 @@ from scipy.stats import kstest
 
 from diffusion import Epsilon, Lattice
 from diffusion.step_profile import proposal_from
-from evaluation.rows import LARGEST_GROUP, Rows
+from evaluation.rows import LARGEST_GROUP, Rows, over_batches
 from lightning_modules import MarkovPosterior, TopDownPosterior
-from tests.evaluation.models import LEVELS, gathered, odd_images, rows_of, small_ddpm, small_mhvae, small_vae
+from tests.evaluation.models import LEVELS, cpu, gathered, odd_images, rows_of, small_ddpm, small_mhvae, small_vae
 
 PROPOSAL = proposal_from(torch.arange(11.0, 0.0, -1.0))
 
@@ -98,6 +99,18 @@ def test_every_image_sees_all_of_the_interval_evenly_over_replicates():
     for place in (0, 3, 7, 130, 255):
         _, own = rows.batch(range(place * 400, (place + 1) * 400))
         assert kstest(own.cells.numpy(), "uniform").pvalue > 1e-3
+
+
+def test_memory_does_not_grow_with_the_rows_to_come():
+    rows = rows_of(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), 10**6)
+    tracemalloc.start()
+    try:
+        numbers, _ = next(over_batches(rows, lambda x: x.flatten(1), cpu(), 4, lambda _: None))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert numbers.tolist() == [0, 1, 2, 3]
+    assert peak < 2**20
 
 
 def apart(one, other):

@@ -176,6 +176,7 @@ def test_ctrl_c_keeps_the_batches_that_are_whole(batches, runs, tmp_path, monkey
         ("vae", ["mean=maybe"], "mean=maybe: give true or false"),
         ("vae", ["weights=both"], "weights=both: this checkpoint has ema and raw weights; choose one of them"),
         ("vae", ["weights=nope"], "weights=nope"),
+        ("vae", ["weights=0"], "weights=0"),
         ("vae", ["sampler=ddim"], "sampler=ddim is for DDPM, but this run is a VAELightningModule"),
         ("ddpm", ["sampler=ddim", "sampler.num_steps=1"], r"^sampler\.num_steps=1 must be"),
         ("ddpm", ["sampler=ddim", "sampler.eta=2"], r"^sampler\.eta=2 must lie"),
