@@ -207,7 +207,7 @@ def test_jobs_over_cores_end_with_their_sweep_and_leave_checkpoints_however_it_e
 
 
 def await_that(holds):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert holds()
