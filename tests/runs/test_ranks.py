@@ -179,8 +179,7 @@ def test_a_signal_after_ranks_last_agreed_stops_them_before_the_test(number, cod
     assert stopped.returncode == code, stopped.stderr
     assert "interrupted at step 16; to go on:" in stopped.stdout
     assert not (tmp_path / "run" / "result.json").exists()
-    done = command(*job, "ckpt=last", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_here(tmp_path, *settings, "trainer.max_epochs=4", "callbacks.pictures=null", "ckpt=last")  # only the test is left
     assert result(tmp_path / "run")["step"] in range(1, 17)
 
 
