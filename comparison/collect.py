@@ -17,7 +17,7 @@ import yaml
 from runs.build import SettingError, flatten
 from runs.directory import CONFIG, RESULT, higher_is_better
 from runs.identity import DEFINES, INCIDENTAL
-from runs.sweep import STATE
+from runs.sweep_jobs import STATE
 
 LEVELS, EVALUATION = "plots/kl_per_level.csv", "evaluation.json"
 EVALUATED = "evaluation/"  # begins the names of what evaluate.py found

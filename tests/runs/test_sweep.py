@@ -16,7 +16,8 @@ from PIL import Image
 from runs.build import SettingError
 from runs.directory import is_held
 from runs.identity import identity, job_name, with_sweep_directory
-from runs.sweep import SweepReport, read_state, run_in_sweep
+from runs.sweep import SweepReport, run_in_sweep
+from runs.sweep_jobs import read_state
 from tests.jobs import QUICK, SMALL_DDPM, begin, command, configure, result, run_here
 from tests.runs.cluster import make_cluster
 from tests.runs.ranks import RECORD, assert_ranks_agree
