@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
 from benchmarks.jobs import ROOT, configure
 from tests.forks import Fork
 
-__all__ = ["QUICK", "ROOT", "SMALL_DDPM", "begin", "command", "configure", "result", "run_here"]
+__all__ = ["QUICK", "ROOT", "SMALL_DDPM", "begin", "command", "configure", "result", "run_here", "torchrun"]
 QUICK = (
     "trainer.accelerator=cpu",
     "trainer.devices=1",
@@ -39,6 +40,24 @@ def begin(*overrides: str, cwd: Path, script: str = "train.py", **variables: str
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "PL_"))}
     environment |= {"HOME": str(cwd), "NETRC": str(cwd / "netrc")} | variables
     return Fork([str(ROOT / script), *overrides], cwd, environment)
+
+
+def torchrun(count: int, *overrides: str, cwd: Path, script: str = "train.py") -> subprocess.CompletedProcess:
+    """Runs a command in ``count`` processes as torchrun would: what Lightning begins has everything to import.
+
+    Returns what all of them have printed, and the largest of their codes.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0}
+    begun = []
+    for rank in range(count):
+        variables = common | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "tests"}
+        begun.append(begin(*overrides, cwd=cwd, script=script, **{name: str(value) for name, value in variables.items()}))
+    done = [process.finish(timeout=240) for process in begun]
+    output, errors = ("".join(getattr(one, name) for one in done) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(done[0].args, max(abs(one.returncode) for one in done), output, errors)
 
 
 def result(directory: Path) -> dict:

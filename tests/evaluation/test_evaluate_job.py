@@ -23,7 +23,7 @@ from networks import MLPDenoiser
 from runs.build import SettingError, build_part
 from tests.data_files import pictures, write_folder
 from tests.evaluation.evaluations import CPU, QUICK, evaluate_here, record, refuse_constant
-from tests.jobs import command, result, run_here
+from tests.jobs import result, run_here, torchrun
 
 BITS = 1 / (64 * math.log(2))
 COSTS = ("reconstruction", "prior", "matching", "elbo")
@@ -322,7 +322,7 @@ def test_two_ranks_give_the_figures_of_one(runs, tmp_path):
     settings = ("replicates=3", "iwae_samples=5", "batch_size=100", "weights=both", "pictures=false")
     evaluate_here(run, *settings)
     one = record(run)
-    done = command(*CPU, f"run={run}", *settings, "fabric.devices=2", cwd=tmp_path, script="evaluate.py")
+    done = torchrun(2, *CPU, f"run={run}", *settings, "fabric.devices=2", cwd=tmp_path, script="evaluate.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test set, ema weights") == 1
     two = record(run)

@@ -14,7 +14,7 @@ import torch
 from runs.devices import shards_on_cpu
 from tests.data_files import pictures, write_idx
 from tests.evaluation.evaluations import evaluate_here
-from tests.jobs import QUICK, begin, command, result, run_here
+from tests.jobs import QUICK, begin, command, result, run_here, torchrun
 
 DATA = (
     "data=mnist", "data.num_val=21", "data.batch_size=16", "logger=csv", "model/lr_scheduler=constant",
@@ -59,7 +59,7 @@ def pair(request, data, tmp_path_factory):
     settings = (*settings, f"paths.data_dir={data}")
     one, several = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("several")
     run_here(one, *settings)
-    done = command(*QUICK[2:], *settings, *devices, "hydra.run.dir=run", cwd=several)
+    done = torchrun(int(request.param[-1]), *QUICK[2:], *settings, *devices, "hydra.run.dir=run", cwd=several)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"\wWarning", done.stderr)  # gloo has one of its own, for machines whose name does not resolve
     for rank, *held, whole in re.findall(r"rank (\d) holds (\d+) (\d+) (\d+) of (\d+)", done.stdout):
@@ -135,7 +135,7 @@ def test_either_goes_on_on_one_device_and_what_one_device_began_goes_on_in_shard
     if "model=vae" in settings:
         shutil.copytree(runs[0], tmp_path / "shards")
         more = ("hydra.run.dir=shards", "trainer.max_epochs=3", "ckpt=last", "compile=eager")
-        done = command(*QUICK[2:], *settings, *ON["fsdp on 2"][1], *more, cwd=tmp_path)
+        done = torchrun(2, *QUICK[2:], *settings, *ON["fsdp on 2"][1], *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         figures.append(rows(tmp_path / "shards"))
     assert len({step for step, name in figures[0] if name == "val/bpd"}) == 3
@@ -161,7 +161,7 @@ def test_ctrl_c_stops_all_ranks_after_one_batch_and_the_run_that_goes_on_is_the_
     (step,) = re.findall(r"interrupted at step (\d+); to go on:", stopped.stdout)
     assert 4 < int(step) < 48
     assert int(step) % 2 == 0
-    done = command(*job, "ckpt=last", cwd=tmp_path)
+    done = torchrun(2, *job, "ckpt=last", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     there, here = rows(tmp_path / "whole" / "run"), rows(tmp_path / "run")
     assert there.keys() == here.keys()

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import torch
 
-from tests.jobs import QUICK, ROOT
+from tests.jobs import QUICK, begin
 
 
 def tasks(tmp_path, port, *overrides):
@@ -16,25 +14,23 @@ def tasks(tmp_path, port, *overrides):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
     scontrol.chmod(0o755)
-    common = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_"))}
-    common |= {
-        "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4242",
-        "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-        "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(port),
+    common = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }  # fmt: skip
-    command = [
-        sys.executable, str(ROOT / "train.py"), "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true",
-        "trainer.devices=2", *QUICK[3:], "model=vae", "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16",
-        "logger=csv", "model/lr_scheduler=constant", "hydra.run.dir=here", "ckpt=auto", "trainer.max_epochs=1000000",
-        *overrides,
-    ]  # fmt: skip
-    return [
-        subprocess.Popen(
-            command, cwd=tmp_path, env=common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    job = (
+        "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2", *QUICK[3:], "model=vae",
+        "model.encoder.hidden_dim=16", "model.decoder.hidden_dim=16", "logger=csv", "model/lr_scheduler=constant",
+        "hydra.run.dir=here", "ckpt=auto", "trainer.max_epochs=1000000", *overrides,
+    )  # fmt: skip
+    return [begin(*job, cwd=tmp_path, **common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+
+
+def ended(tasks):
+    """Waits for both; returns what each has printed, and their codes."""
+    done = [task.finish(timeout=60) for task in tasks]
+    return [one.stdout + one.stderr for one in done], [one.returncode for one in done]
 
 
 def wait_for(checkpoint, step=0):
@@ -52,10 +48,10 @@ def test_a_job_is_requeued_from_where_it_was_and_stops_where_all_ranks_are(tmp_p
     port, checkpoint = 20000 + os.getpid() % 20000, tmp_path / "here" / "checkpoints" / "last.ckpt"
     first = tasks(tmp_path, port)
     wait_for(checkpoint)
-    for process in first:
-        process.send_signal(signal.SIGUSR1)
-    said = [process.communicate(timeout=60)[0] for process in first]
-    assert [process.returncode for process in first] == [143, 0]
+    for task in first:
+        os.kill(task.pid, signal.SIGUSR1)
+    said, codes = ended(first)
+    assert codes == [143, 0]
     assert (tmp_path / "told").read_text() == "requeue 4242\n"
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     assert f"SLURM job 4242 is put back in the queue at step {step}\n" in said[0]
@@ -63,8 +59,8 @@ def test_a_job_is_requeued_from_where_it_was_and_stops_where_all_ranks_are(tmp_p
     assert step % 5 == 0  # where the loss is logged
     again = tasks(tmp_path, port)
     wait_for(checkpoint, step)
-    again[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=60)[0] for process in again]
+    os.kill(again[1].pid, signal.SIGTERM)
+    said, _ = ended(again)
     assert "continuing from" in said[0]
     last = torch.load(checkpoint, weights_only=True)["global_step"]
     assert last > step
@@ -76,9 +72,9 @@ def test_a_validation_that_is_due_ends_and_is_kept_before_the_job_stops(tmp_path
     checkpoint = tmp_path / "here" / "checkpoints" / "last.ckpt"
     both = tasks(tmp_path, 20000 + (os.getpid() + 1) % 20000, "trainer.log_every_n_steps=11")  # the ends of epochs
     wait_for(checkpoint)
-    for process in both:
-        process.send_signal(signal.SIGUSR1)
-    said = [process.communicate(timeout=60)[0] for process in both]
+    for task in both:
+        os.kill(task.pid, signal.SIGUSR1)
+    said, _ = ended(both)
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     assert step % 11 == 0
     assert f"put back in the queue at step {step}\n" in said[0]

@@ -9,7 +9,7 @@ import torch
 from callbacks import SeededBatches
 from evaluation.saved import SavedRun
 from runs.build import SettingError
-from tests.jobs import QUICK, command, result, run_here
+from tests.jobs import QUICK, result, run_here, torchrun
 from tests.runs.test_prepare import prepare
 
 
@@ -29,7 +29,7 @@ def figures(run):
 
 def test_two_ranks_are_one_run_with_the_figures_of_one_rank(digits, tmp_path):
     run_here(tmp_path, *digits, "data.num_workers=0")
-    done = command(*QUICK[:1], *QUICK[2:], *digits, "trainer.devices=2", "hydra.run.dir=two", cwd=tmp_path)
+    done = torchrun(2, *QUICK[:1], *QUICK[2:], *digits, "trainer.devices=2", "hydra.run.dir=two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = figures(tmp_path / "run"), figures(tmp_path / "two")
     assert len(one) == 3
