@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -34,13 +34,13 @@ class Prepared:
         estimate: images (b, C, H, W) -> one estimate each.
         calls: network calls that this takes for each image.
         description: what it does, for evaluation.json.
-        titles: of terms that are not what their name says in the bound's usual form.
+        consistency: as :class:`LikelihoodModule` has it, of this estimator.
     """
 
     estimate: Callable[[Tensor], Elbo]
     calls: int
     description: str
-    titles: dict[str, str] = field(default_factory=dict)
+    consistency: bool = False
 
 
 class Pilot(Protocol):
@@ -185,8 +185,7 @@ class ThreeVariable(Estimator):
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""
         description = "three-variable (consistency) form: log ratios along one drawn chain, in place of KLs"
-        titles = {"prior": "prior  KL of z_T from z_{T−1}", "matching": "consistency  Σ ln q/p of z₁..z_{T−1}"}
-        return Prepared(model.three_variable_elbo, model.num_steps, description, titles)
+        return Prepared(model.three_variable_elbo, model.num_steps, description, consistency=True)
 
 
 class Draws(Estimator):
@@ -199,7 +198,7 @@ class Draws(Estimator):
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""
-        return Prepared(model.elbo, 1, model.protocol()["estimator"])
+        return Prepared(model.elbo, 1, model.protocol()["estimator"], model.consistency)
 
 
 class Default(Estimator):

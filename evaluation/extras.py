@@ -42,7 +42,7 @@ def plots(setting: Setting, bound: Bound, latents: list[LatentBalance]) -> dict[
         if model.levels is not None:
             pictures["rate_distortion"] = plot_rate_distortion(bound.moments, model.num_dims, model.levels)
     if latents:
-        pictures["kl_per_unit"] = plot_units(latents)
+        pictures["kl_per_unit"] = plot_units(latents, "ln q/p" if model.consistency else "KL")
     if model.levels is not None:
         bits = nats_to_bits_per_dim(-bound.values.mean(1), model.num_dims)
         pictures["bits_per_image"] = plot_images(bits, setting.images, bound.order, model.levels, setting.cfg.split)
@@ -122,8 +122,10 @@ def extra_lines(extra: dict[str, Any], model: LikelihoodModule) -> list[str]:
         )
     if flow := extra.get("probability_flow"):
         lines.append(f"probability flow: {shown(flow)} — {flow['protocol']}")
-    for number, level in enumerate(extra.get("balance", {}).get("levels", []), start=1):
-        lines.append(f"z_{number}: KL {level['kl']:.3f} nats, {level['active_units']} of {level['units']} units active")
+    levels = extra.get("balance", {}).get("levels", [])
+    for number, level in enumerate(levels, start=1):
+        what = "ln q/p" if model.consistency and number < len(levels) else "KL"
+        lines.append(f"z_{number}: {what} {level['kl']:.3f} nats, {level['active_units']} of {level['units']} units active")
     if "mutual_information" in extra.get("balance", {}):
         split = extra["balance"]
         lines.append(

@@ -59,8 +59,8 @@ def plot_rate_distortion(moments: StepMoments, num_dims: int, levels: int) -> pl
     return figure
 
 
-def plot_units(latents: Sequence[LatentBalance]) -> plt.Figure:
-    """Returns a figure of the KL of each latent unit, sorted, one panel a latent; units that are not active are grey."""
+def plot_units(latents: Sequence[LatentBalance], cost: str) -> plt.Figure:
+    """Returns a figure of the cost (KL or ln q/p) of each latent unit, sorted, one panel a latent; grey ones are not active."""
     columns = min(len(latents), 4)
     rows = math.ceil(len(latents) / columns)
     size = (max(5.0, 3.6 * columns), 0.4 + 3.0 * rows)
@@ -75,8 +75,8 @@ def plot_units(latents: Sequence[LatentBalance]) -> plt.Figure:
         axis.set(xlabel=f"unit of z_{number}, sorted")
         axis.set_title(f"z_{number}: {latent.active} of {len(order)} units active, {latent.kl.sum():.2f} nats", fontsize=9)
     for axis in axes[:, 0]:
-        axis.set_ylabel("KL (nats)")
-    figure.suptitle("KL of each latent unit; grey: not active", fontsize=9)
+        axis.set_ylabel(f"{cost} (nats)")
+    figure.suptitle(f"{cost} of each latent unit; grey: not active", fontsize=9)
     return figure
 
 

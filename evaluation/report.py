@@ -17,7 +17,7 @@ from lightning_modules import LikelihoodModule
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import plain
 from runs.directory import as_json, first_free, one_writer, whole, write_picture
-from runs.report import COSTS, TITLES, error, versions
+from runs.report import CONSISTENCY, COSTS, TITLES, error, versions
 
 KEPT_STEPS = 100  # at most, spread over ln t
 
@@ -79,13 +79,14 @@ def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
     headings += ["± images", "± noise"] if apart else ["± images and noise"]
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
+    titles = CONSISTENCY if bound.prepared.consistency else TITLES
     for name, sign in COSTS.items():
         value = bound.terms[name]
         if name == "elbo":
             table.add_section()
         cells = [f"{sign * value.mean:.3f}", *([f"{sign * value.mean * scale:.4f}"] if scaled else [])]
         cells += [error(part * scale, 4) for part in ((value.se_images, value.se_noise) if apart else (value.se,))]
-        table.add_row(bound.prepared.titles.get(name, TITLES[name]), *cells, style="bold" if name == "elbo" else None)
+        table.add_row(titles[name], *cells, style="bold" if name == "elbo" else None)
     return table
 
 

@@ -67,6 +67,8 @@ class LikelihoodModule(LightningModule, ABC):
     """A generative model with a bound on ln p(x).
 
     Attributes:
+        consistency: whether the bound is of the three-variable form: matching is a log ratio ln q/p along one drawn chain, of
+            either sign for an image, and the prior term is the KL of z_T given z_{T-1}. A table then names them so.
         train_row: numbers that callbacks add to the next row of training metrics, by name.
         num_scored: images of the last validation or test, over all ranks: fewer than there are where batches are limited.
 
@@ -76,6 +78,8 @@ class LikelihoodModule(LightningModule, ABC):
         optimizer: parameters -> optimiser; AdamW at 1e-3 unless given.
         lr_scheduler: (step, total steps) -> factor of the learning rate.
     """
+
+    consistency = False
 
     def __init__(
         self,
@@ -162,7 +166,10 @@ class LikelihoodModule(LightningModule, ABC):
 
     @abstractmethod
     def latent_kls(self, x: Tensor) -> Tensor:
-        """Returns the KL of each latent z_1..z_T, nats, (T, B): the last row is the prior term, the others sum to matching."""
+        """Returns what each latent z_1..z_T costs, its KL or log ratio, nats, (T, B).
+
+        The last row is the prior term, the others sum to matching.
+        """
 
     def evaluation_elbo(self, x: Tensor, stage: str) -> Elbo:
         """Returns the estimate of the bound that ``stage`` ("val" or "test") reports; by default :meth:`elbo`."""

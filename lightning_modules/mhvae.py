@@ -62,6 +62,7 @@ class MHVAELightningModule(LatentModule):
             if shared & {id(module) for module in posterior.modules()}:
                 raise ValueError("these transitions are p's, and this posterior has its own: give it built, or give a factory")
         self.posterior = posterior
+        self.consistency = depth > 1 and getattr(posterior, "consistency", False)
         self.generative = build_transitions(transition, **sizes)
         self.decoder = build(
             decoder, image_shape=self.image_shape, latent_dim=latent_dim, params_per_channel=likelihood.params_per_channel

@@ -75,6 +75,7 @@ class MarkovPosterior(nn.Module):
     """
 
     estimator = "Markov bottom-up posterior; matching terms are log ratios of one drawn chain"
+    consistency = True
 
     def __init__(
         self, encoder: nn.Module | Factory, transitions: Sequence[nn.Module] | Factory, depth: int, latent_dim: int

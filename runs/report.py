@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from rich.table import Table
 
 from callbacks import Vitals
+from lightning_modules import LikelihoodModule
 from losses.elbo import SIGNS, nats_to_bits_per_dim
 
 PACKAGES = ("torch", "lightning", "hydra-core", "torchmetrics", "torchvision")
@@ -23,6 +24,7 @@ TITLES = {
     "matching": "matching  ΣKL of z₁..z_{T−1}",
     "elbo": "total  −ELBO",
 }
+CONSISTENCY = TITLES | {"prior": "prior  KL of z_T from z_{T−1}", "matching": "consistency  Σ ln q/p of z₁..z_{T−1}"}
 
 COSTS = {term: -SIGNS.get(term, 1) for term in TITLES}  # the sign of each term as a cost, summing to -ELBO
 
@@ -41,8 +43,9 @@ def costs(metrics: dict[str, float], num_dims: int, levels: int | None) -> dict[
     return rows
 
 
-def table(metrics: dict[str, float], num_dims: int, levels: int | None, title: str) -> Table:
+def table(metrics: dict[str, float], model: LikelihoodModule, title: str) -> Table:
     """Returns the table of the four terms, in nats and, for data with levels, in bits/dim, each with its standard error."""
+    levels, titles = model.levels, CONSISTENCY if model.consistency else TITLES
     unit = "nats per image" if levels is not None else "nats (log-density)"
     table = Table(
         title=title, title_justify="left", caption="± one standard error over the test images", caption_justify="left"
@@ -51,13 +54,13 @@ def table(metrics: dict[str, float], num_dims: int, levels: int | None, title: s
     table.add_column(unit, justify="right")
     if levels is not None:
         table.add_column("bits/dim", justify="right")
-    for term, row in costs(metrics, num_dims, levels).items():
+    for term, row in costs(metrics, model.num_dims, levels).items():
         if term == "elbo":
             table.add_section()
         cells = [f"{row['nats']:.3f} ± {error(row['nats_se'], 3)}"]
         if levels is not None:
             cells.append(f"{row['bits_per_dim']:.4f} ± {error(row['bits_per_dim_se'], 4)}")
-        table.add_row(TITLES[term], *cells, style="bold" if term == "elbo" else None)
+        table.add_row(titles[term], *cells, style="bold" if term == "elbo" else None)
     return table
 
 

@@ -98,7 +98,7 @@ def write_result(
     steps = f"step {tested}" + (f" of {step}, the best in validation" if tested < step else "")
     whole = model.num_scored == protocol["num_test"]  # else trainer.limit_test_batches left some out
     images = "test set" if whole else f"{model.num_scored} of {protocol['num_test']} test images"
-    Console().print(table(metrics, model.num_dims, model.levels, f"{images}, {facts['weights']} weights, {steps}"))
+    Console().print(table(metrics, model, f"{images}, {facts['weights']} weights, {steps}"))
 
 
 def end_by_sigterm() -> None:

@@ -76,6 +76,7 @@ def test_an_evaluation_leaves_everything_that_defends_its_figure(name, runs, tmp
     printed = capsys.readouterr().out
     assert f"{figure:.4f}" in printed
     assert "noise" in printed
+    assert ("consistency" in printed) == ("z_1: ln q/p" in printed) == (name == "mhvae")
     if name == "ddpm":
         assert pictures == {"kl_per_step.png", "rate_distortion.png", "bits_per_image.png"}
         return

@@ -17,6 +17,7 @@ from lightning_modules import DDPMLightningModule, MarkovPosterior, MHVAELightni
 from lightning_modules.posteriors import product
 from losses import DiagGaussian, DiscretizedGaussian, DiscretizedLogistic, Gaussian
 from networks import GaussianTransition, MLPDecoder, MLPEncoder
+from runs.report import table
 from tests.lightning_modules.test_ddpm import Tiny, linear_model
 from tests.linear_gaussian import elbo_terms
 
@@ -415,6 +416,21 @@ def test_means_or_draws_are_shown_as_it_is_asked(name):
     model.sample(2)
     model.reconstruct(torch.zeros(2, *SHAPE, dtype=torch.uint8))
     assert asked == ["mean", "sample", "mean"]
+
+
+@pytest.mark.parametrize(("posterior", "depth"), [(MarkovPosterior, 3), (MarkovPosterior, 1), (TopDownPosterior, 3)])
+def test_costs_that_may_be_negative_are_not_called_kls(posterior, depth):
+    model = MHVAELightningModule(
+        posterior, partial(MLPDecoder, hidden_dim=8), DiscretizedLogistic(17), depth, 2,
+        encoder=partial(MLPEncoder, hidden_dim=8), transition=partial(GaussianTransition, hidden_dim=8),
+        image_shape=(1, 4, 4), levels=17,
+    )  # fmt: skip
+    *matching, prior = model.latent_kls(torch.randint(17, (200, 1, 4, 4), dtype=torch.uint8))
+    assert model.consistency == any(bool((kls < -1e-6).any()) for kls in matching)
+    assert bool((prior >= 0).all())
+    metrics = {f"test/{term}{end}": 1.0 for term in ("reconstruction", "prior", "matching", "elbo") for end in ("", "_se")}
+    printed = list(table(metrics, model, "").columns[0].cells)
+    assert any("consistency" in name for name in printed) == model.consistency
 
 
 def test_each_transition_has_parameters_of_its_own():
