@@ -14,10 +14,10 @@ from lightning_modules.sharding import load_whole, local, sharded_parts
 class EMA(Callback):
     """Averages the parameters after every optimiser step, and validates, tests and saves with the average.
 
-    The decay is min(``decay``, (1 + n)/(10 + n)) at update n (as in Ho et al. 2020's and TensorFlow's code), so that short
-    runs are averaged over what they have; update 0 copies. Checkpoints of a ``fit`` hold the average in ``state_dict`` and the
-    raw weights beside it, as Lightning's own callback writes them. After it the model holds the average alone, and so does what
-    ``trainer.save_checkpoint`` then writes.
+    The decay is min(``decay``, (1 + n)/(10 + n)) at update n (TensorFlow's rule for ``num_updates``), so that short runs are
+    averaged over what they have; update 0 copies, as in Ho et al. 2020's code, whose decay is constant after it. Checkpoints
+    of a ``fit`` hold the average in ``state_dict`` and the raw weights beside it, as Lightning's own callback writes them.
+    After it the model holds the average alone, and so does what ``trainer.save_checkpoint`` then writes.
 
     Lightning's callback is not used: it averages constant buffers, tests the raw weights when ``test`` follows ``fit`` in one
     process, saves the two sets swapped when validation raises, cannot average sharded weights, and waits for the device at

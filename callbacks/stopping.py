@@ -35,6 +35,10 @@ class StopsAfterBatch(Checkpoint):
 
     stopped_by = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets what an earlier training was stopped by."""
+        self.stopped_by = 0
+
     def _stop(self, trainer: Trainer, number: int) -> None:
         self.stopped_by = number
         trainer._signal_connector.received_sigterm = True  # looked at after this batch
@@ -71,6 +75,8 @@ class StopTogether(StopsAfterBatch):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens in Lightning's place, whose handlers are set by now."""
+        super().on_train_start(trainer, pl_module)
+        self._asked = self._looked_at = 0
         if threading.current_thread() is not threading.main_thread():  # which alone may listen
             return
         heard = [signal.SIGUSR1] if self.requeue else []

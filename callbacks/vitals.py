@@ -44,6 +44,7 @@ class Vitals(Callback):
         """Goes on counting where training goes on; testing the best weights takes nothing back."""
         if trainer.state.fn == TrainerFn.FITTING and "totals" in checkpoint:
             self.images_seen, self._earlier = checkpoint["totals"]["images_seen"], checkpoint["totals"]["seconds"]
+            self.session_seconds = 0.0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock of the totals."""
@@ -63,7 +64,12 @@ class Vitals(Callback):
     # -- how it fares now
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clocks."""
+        """Starts the clocks: those of a run that begins, or of another session of one that goes on."""
+        if trainer.global_step:
+            self._earlier += self.session_seconds
+        else:
+            self.images_seen, self._earlier = 0, 0.0
+        self.session_seconds = 0.0
         self._began, self._step = time.monotonic(), trainer.global_step
         self._restart()
 

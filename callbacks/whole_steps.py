@@ -26,6 +26,7 @@ class WholeSteps(StopsAfterBatch):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes Ctrl-C over, if there is anything to take over: once, as a change of handlers in every step costs time."""
+        super().on_train_start(trainer, pl_module)
         usual = signal.getsignal(signal.SIGINT)
         self._usual, self._held, self._asked, self._terminated = None, True, False, False
         if trainer.world_size == 1 and callable(usual) and threading.current_thread() is threading.main_thread():

@@ -25,7 +25,12 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
     """Shapes one number per example to multiply ``like``: (B,) -> (B, 1, ..., 1), in its dtype.
 
     The only place where t meets an image: by hand, (B,) against (B, C, H, W) scales columns silently when B equals W.
+
+    Raises:
+        ValueError: for other than one number for each of ``like``'s rows.
     """
+    if values.shape != like.shape[:1]:
+        raise ValueError(f"t of shape {tuple(values.shape)} is not one step for each of the {len(like)} rows of x")
     return values.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
@@ -78,6 +83,8 @@ class GaussianDiffusion(nn.Module):
         if not like.is_floating_point():
             raise TypeError(f"x is {like.dtype}, no floating-point numbers: images of levels go through losses.to_unit first")
         if isinstance(t, int):
+            if t < 0:
+                raise ValueError(f"t={t}: steps are 1..{self.num_steps}, and 0 is the data")
             return coefficient[t].to(like.dtype)
         return per_example(coefficient.index_select(0, t), like)  # half the time of coefficient[t]
 
@@ -94,6 +101,8 @@ class GaussianDiffusion(nn.Module):
         return DiagGaussian(self._posterior_mean(x0, x_t, t), self.at(self.log_posterior_std, t, x_t))
 
     def _posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        if x0.shape != x_t.shape:
+            raise ValueError(f"x_0 of shape {tuple(x0.shape)} and x_t of {tuple(x_t.shape)} are not of the same images")
         return torch.addcmul(self.at(self.posterior_xt, t, x_t) * x_t, self.at(self.posterior_x0, t, x0), x0)
 
     def reverse(

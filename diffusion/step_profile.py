@@ -40,7 +40,7 @@ class StepProfile(nn.Module):
 
     @_outside_inference
     def record(self, t: Tensor, step_kl: Tensor) -> None:
-        """Adds draws of KL_t: t (B,), step_kl (B,) nats; entries at t < 2 are ignored later."""
+        """Adds draws of KL_t: t (B,), step_kl (B,) nats; entries at t < 2 are ignored later, and squares that overflow now."""
         if self._sums is None:
             self._sums = torch.zeros(2, len(self.proposal), dtype=torch.float32, device=t.device)
         elif self._sums.device != t.device:  # the model was moved
@@ -48,8 +48,10 @@ class StepProfile(nn.Module):
         if self._fading:
             self._sums *= MEMORY
             self._fading = False
-        self._sums[0].index_add_(0, t, step_kl.float().square())
-        self._sums[1].index_add_(0, t, torch.ones_like(step_kl, dtype=torch.float32))
+        square = step_kl.float().square()
+        finite = square.isfinite()
+        self._sums[0].index_add_(0, t, torch.where(finite, square, 0.0))
+        self._sums[1].index_add_(0, t, finite.float())
 
     @_outside_inference
     def share(self, strategy) -> Tensor | None:
@@ -71,7 +73,7 @@ class StepProfile(nn.Module):
             return
         square, count = total
         self._fading = True
-        seen = (count[2:] > 0) & square[2:].isfinite()
+        seen = (count[2:] > 0) & square[2:].isfinite()  # a sum of finite ones may still overflow
         if not seen.any():
             return
         root = (square[2:] / count[2:].clamp(min=1e-12)).sqrt()

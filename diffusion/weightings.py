@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -17,15 +19,20 @@ class StepTerms:
         term: this step's share of -ELBO, t ≥ 2 its KL and t = 1 its -ln p(x_0 | x_1): (B,), nats.
         prior: KL(q(x_T|x_0) ‖ p(x_T)): (B,), nats.
         noise: ε, (B, C, H, W).
-        noise_hat: ε̂, (B, C, H, W).
+        predict_noise: gives ε̂, which the bound itself does not need.
         num_steps: T.
     """
 
     term: Tensor
     prior: Tensor
     noise: Tensor
-    noise_hat: Tensor
+    predict_noise: Callable[[], Tensor]
     num_steps: int
+
+    @cached_property
+    def noise_hat(self) -> Tensor:
+        """ε̂, (B, C, H, W), worked out when it is first asked for."""
+        return self.predict_noise()
 
 
 def simple(terms: StepTerms) -> Tensor:

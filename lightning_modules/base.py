@@ -216,8 +216,10 @@ class LikelihoodModule(LightningModule, ABC):
     def on_train_start(self) -> None:
         """Trains with the settings that the optimiser was given here: a checkpoint brings those that it was written with.
 
-        Only with those: what else stands in a parameter group may be the optimiser's own state.
+        Only with those: what else stands in a parameter group may be the optimiser's own state. What an earlier training of
+        this model has noted, and was cut off before it wrote it, is left behind.
         """
+        self._noted, self.train_row = [], {}
         scheduler = self.lr_schedulers()
         if not self._given or type(scheduler) is not LambdaLR:  # a subclass has an optimiser or a schedule of its own
             return
@@ -288,7 +290,8 @@ class LikelihoodModule(LightningModule, ABC):
             shard(self, self.device_mesh)
 
     def on_validation_epoch_start(self) -> None:
-        """Makes sharded networks whole, after callbacks have chosen the weights."""
+        """Makes sharded networks whole, after callbacks have chosen the weights; the sums begin anew after a pass cut off."""
+        self.val_metric.reset()
         gather(self)
 
     def on_validation_end(self) -> None:
@@ -296,7 +299,8 @@ class LikelihoodModule(LightningModule, ABC):
         release(self)
 
     def on_test_epoch_start(self) -> None:
-        """Makes sharded networks whole."""
+        """Makes sharded networks whole; the sums begin anew after a pass that was cut off."""
+        self.test_metric.reset()
         gather(self)
 
     def on_test_end(self) -> None:

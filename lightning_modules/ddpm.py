@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -215,8 +216,8 @@ class DDPMLightningModule(LikelihoodModule):
             reconstruction, matching = minimised if same else terms(clip=True)
         if self.training and self.num_steps > 1:  # for validation's proposal
             self.step_profile.record(t, matching)
-        noise_hat = self.parameterization.epsilon(output, x_t, t, self.process)
-        loss = self.weighting(StepTerms(minimised[1] - minimised[0], prior, noise, noise_hat, self.num_steps))
+        predict_noise = partial(self.parameterization.epsilon, output, x_t, t, self.process)
+        loss = self.weighting(StepTerms(minimised[1] - minimised[0], prior, noise, predict_noise, self.num_steps))
         if not isinstance(loss, Tensor) or loss.shape != prior.shape:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the weighting gives {found}, not one number for each of {len(prior)} images")

@@ -17,7 +17,7 @@ def _warmup(step: int, warmup_steps: int) -> float:
 
 @dataclass(frozen=True)
 class Constant:
-    """Rises linearly over ``warmup_steps``, then stays (Ho et al. 2020, appendix B: 5,000 steps on CIFAR-10)."""
+    """Rises linearly over ``warmup_steps``, then stays (Ho et al. 2020's published code)."""
 
     warmup_steps: int = 0
 

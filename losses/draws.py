@@ -96,7 +96,8 @@ def _own_rows(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...])
     # k entries of one example lie together (several steps of one image in one network batch), in the global batch too
     own = _rows.stop - _rows.start
     k = -(-shape[0] // max(own, 1))  # not divmod, at which torch.compile breaks the graph; rounded up for a part of the rows
-    return draw((k * _rows.total, *shape[1:]))[k * _rows.start :][: shape[0]]
+    # a copy: what is kept for the backward pass would otherwise hold the whole batch's draws
+    return draw((k * _rows.total, *shape[1:]))[k * _rows.start :][: shape[0]].clone()
 
 
 def global_batch(batch: int) -> int:
@@ -151,6 +152,6 @@ def stratified(batch: int, device: torch.device) -> Tensor:
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         spread = torch.arange(shape[0], dtype=dtype, device=device) / shape[0]
-        return ((torch.rand((), dtype=dtype, device=device) + spread) % 1).clamp(max=1 - torch.finfo(dtype).eps)
+        return (torch.rand((), dtype=dtype, device=device) + spread) % 1
 
     return _own_rows(draw, (batch,))

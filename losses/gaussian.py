@@ -83,7 +83,13 @@ class DiagGaussian:
         return sum_except_batch(self.log_prob_per_dim(z))
 
     def log_prob_per_dim(self, z: Tensor) -> Tensor:
-        """Returns ln N(z; mean, std²) of each dimension, in nats: (B, *) -> (B, *)."""
+        """Returns ln N(z; mean, std²) of each dimension, in nats: (B, *) -> (B, *).
+
+        Raises:
+            ValueError: if z has another shape than the mean: by hand, (B,) under (B, 1) gives B² numbers silently.
+        """
+        if z.shape != self.mean.shape:
+            raise ValueError(f"z of shape {tuple(z.shape)} is no draw of a Gaussian with mean {tuple(self.mean.shape)}")
         standardized = (z - self.mean) * inverse_std(self.log_std)
         return -0.5 * standardized.square() - self.log_std - HALF_LOG_2PI
 
@@ -94,7 +100,13 @@ def kl(q: DiagGaussian, p: DiagGaussian) -> Tensor:
 
 
 def kl_per_dim(q: DiagGaussian, p: DiagGaussian) -> Tensor:
-    """Returns KL(q ‖ p) of each dimension, in nats: (B, *)."""
+    """Returns KL(q ‖ p) of each dimension, in nats: (B, *).
+
+    Raises:
+        ValueError: if the means have other shapes, but for one p for all examples, (1, *).
+    """
+    if p.mean.shape != q.mean.shape and p.mean.shape != (1, *q.mean.shape[1:]):
+        raise ValueError(f"KL of Gaussians with means {tuple(q.mean.shape)} and {tuple(p.mean.shape)}: give one shape")
     log_scale = q.log_std - p.log_std  # ln(σ_q / σ_p)
     shift = (q.mean - p.mean) * inverse_std(p.log_std)
     # ½(e^{2a} - 1) - a with expm1: equal variances give exactly 0, and others a rounding of a itself, not of 1

@@ -53,6 +53,20 @@ def test_a_signal_that_is_sent_twice_is_one_request(callback):
     assert MODULE.told == 1  # before anything is saved
 
 
+def test_the_next_training_is_not_stopped_by_it(callback):
+    RANKS._signal_connector.received_sigterm = False
+    terminate()
+    callback.on_train_batch_end(RANKS, MODULE, None, None, 0)
+    assert callback.stopped_by == signal.SIGTERM
+    RANKS._signal_connector.received_sigterm = False
+    callback.on_train_start(RANKS, MODULE)
+    callback.on_train_batch_end(RANKS, MODULE, None, None, 0)
+    callback.on_validation_end(RANKS, MODULE)
+    callback.on_train_end(RANKS, MODULE)
+    assert not RANKS._signal_connector.received_sigterm
+    assert not callback.stopped_by
+
+
 def test_a_thread_that_cannot_listen_does_not():
     before = signal.getsignal(signal.SIGTERM)
     with ThreadPoolExecutor() as pool:

@@ -36,13 +36,13 @@ def test_images_are_counted_as_the_optimiser_sees_them_and_on_when_a_run_goes_on
 
 
 def test_long_runs_are_counted_to_the_last_image(tmp_path, monkeypatch):
-    plain = Vitals.__init__
+    plain = Vitals.on_train_start
 
-    def init(self):
-        plain(self)
+    def start(self, trainer, module):
+        plain(self, trainer, module)
         self.images_seen = 2**24 + 1  # float32 has no such number
 
-    monkeypatch.setattr(Vitals, "__init__", init)
+    monkeypatch.setattr(Vitals, "on_train_start", start)
     run_here(tmp_path, "model=vae", "logger=csv", "trainer.max_epochs=1", "data.batch_size=127")
     assert rows(tmp_path, "val/bpd") == [(10, 2**24 + 1 + 11 * 127)]
 

@@ -51,6 +51,18 @@ def test_the_step_is_completed_first():
     assert callback.stopped_by == signal.SIGINT
 
 
+def test_the_next_training_is_not_stopped_by_it():
+    trainer, callback = started()
+    assert step(trainer, callback, ctrl_c)
+    trainer = trainer_of()
+    callback.on_train_start(trainer, None)
+    callback.on_validation_start(trainer, None)
+    callback.on_validation_epoch_end(trainer, None)
+    callback.on_validation_end(trainer, None)
+    assert not step(trainer, callback)
+    assert not callback.stopped_by
+
+
 def test_the_second_one_does_not_wait():
     reached = []
 

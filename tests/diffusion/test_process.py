@@ -114,6 +114,19 @@ def test_t_scales_images_and_not_columns():
         torch.testing.assert_close(image, process.alpha_bar[step].sqrt().expand(1, 4, 4))
 
 
+def test_other_shapes_and_steps_are_refused_and_not_broadcast():
+    process = GaussianDiffusion(diffusion.cosine(10))
+    grey, colours, t = torch.zeros(4, 1, 2, 2), torch.zeros(4, 3, 2, 2), torch.tensor([1, 4, 7, 10])
+    for refused, words in (
+        (lambda: process.posterior(grey, colours, t), "not of the same images"),
+        (lambda: process.step_kl(grey, colours, t, colours), "not of the same images"),
+        (lambda: process.marginal(colours[:1], t), "not one step for each of the 1 rows"),
+        (lambda: process.marginal(colours, -1), "t=-1: steps are 1..10"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refused()
+
+
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "float"])
 def test_coefficients_are_never_narrowed(convert):
     process = getattr(GaussianDiffusion(diffusion.linear(1000)), convert)()

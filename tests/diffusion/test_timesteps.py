@@ -30,6 +30,18 @@ def test_low_discrepancy_covers_the_steps():
     assert counts.max() <= 4
 
 
+@pytest.mark.parametrize("large", [math.inf, math.nan, 1e30])
+def test_one_draw_without_bounds_is_forgotten(large):
+    profile, usual = StepProfile(5), StepProfile(5)
+    t, kls = torch.tensor([2, 3, 4, 5]), torch.tensor([100.0, 1.0, 1.0, 1.0])
+    profile.record(t, torch.tensor([large, 1.0, 1.0, 1.0]))
+    for each in (profile, usual):
+        for _ in range(50):
+            each.record(t, kls)
+            each.refresh(OneRank())
+    torch.testing.assert_close(profile.proposal, usual.proposal)
+
+
 def test_proposal_follows_the_recorded_moments_and_inverts_unbiased():
     profile = StepProfile(50)
     truth = 10.0 / torch.arange(51).clamp(min=1) ** 2

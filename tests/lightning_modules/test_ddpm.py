@@ -198,6 +198,14 @@ def test_elbo_weighting_minimises_the_bound_and_simple_the_noise_error():
     assert model.objective(x.repeat(20, 1, 1, 1))[0].item() == pytest.approx(1, abs=0.03)  # E ε², a mean over dimensions
 
 
+@pytest.mark.parametrize(("weighting", "asked"), [(diffusion.simple, 1), (diffusion.weightings.elbo, 0)])
+def test_the_noise_is_worked_out_for_a_loss_that_reads_it(weighting, asked, monkeypatch):
+    calls, usual = [], Lattice.epsilon
+    monkeypatch.setattr(Lattice, "epsilon", lambda self, *arguments: (calls.append(1), usual(self, *arguments))[1])
+    ddpm(Lattice(17), num_steps=10, weighting=weighting).objective(torch.zeros(4, 1, 4, 4, dtype=torch.uint8))
+    assert len(calls) == asked
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 @pytest.mark.parametrize("parameterization", [Epsilon(), X0(), Lattice(17)])
 @pytest.mark.parametrize("variance", [diffusion.small, diffusion.large])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from callbacks import EMA, SeededBatches, Vitals
@@ -70,6 +71,69 @@ def test_training_goes_on_after_a_validation_between(model, tmp_path):
         trainer.fit_loop.max_epochs = 2
         trainer.fit(model, loader(), loader(5))
         assert trainer.test(model, loader(5), verbose=False)[0]["test/bpd"] > 0
+
+
+class CutOff(Callback):
+    """Ends validation after its second batch, or training after its first."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if self.where == "validation" and batch_idx == 1:
+            raise RuntimeError("cut off")
+
+    def on_train_batch_end(self, *_):
+        if self.where == "training":
+            raise RuntimeError("cut off")
+
+
+class Rows(DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append(metrics)
+
+
+def test_what_was_cut_off_leaves_nothing_in_what_comes_next(tmp_path):
+    other = DataLoader(torch.zeros_like(X), batch_size=8)
+    model = build_part(configure(tmp_path, *KINDS["vae"], "model.optimizer.lr=0").model)
+
+    def validated():
+        torch.manual_seed(0)
+        return plain(tmp_path).validate(model, loader(), verbose=False)[0]["val/bpd"], model.num_scored
+
+    def trained(*callbacks, images):
+        torch.manual_seed(0)
+        model.train()  # Lightning leaves it as it is where a validation is cut off
+        logger = Rows()
+        plain(tmp_path, *callbacks, logger=logger, accumulate_grad_batches=2, log_every_n_steps=1).fit(model, images)
+        return [row["train/bpd"] for row in logger.rows if "train/bpd" in row]
+
+    alone = validated(), trained(images=loader())
+    with pytest.raises(RuntimeError, match="cut off"):
+        plain(tmp_path, CutOff("validation")).validate(model, other, verbose=False)
+    with pytest.raises(RuntimeError, match="cut off"):
+        trained(CutOff("training"), images=other)
+    assert (validated(), trained(images=loader())) == alone
+
+
+def test_a_callback_counts_each_run_for_itself_and_the_sessions_of_one_together(tmp_path):
+    vitals = Vitals()
+    for _ in range(2):
+        trainer = plain(tmp_path, vitals)
+        trainer.fit(build_part(configure(tmp_path, *KINDS["vae"]).model), loader())
+        assert vitals.images_seen == len(X)
+    first = vitals.seconds
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, loader())
+    assert vitals.images_seen == 2 * len(X)
+    assert vitals.seconds > vitals.session_seconds > 0
+    assert vitals.seconds == pytest.approx(first + vitals.session_seconds)
 
 
 def test_an_objective_in_inference_mode_is_in_nobodys_way(model):

@@ -20,6 +20,8 @@ def test_ranks_together_draw_what_one_device_draws(bounds, repeats):
     for start, stop in itertools.pairwise(bounds):
         with rows_of_global_batch(Rows(start, stop, 10)):
             parts.append(draw(stop - start))
+            kept = randn_like(torch.zeros(stop - start, 3))
+            assert kept.untyped_storage().nbytes() == kept.nbytes  # nothing of the others' is held
     for one, many in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(one, torch.cat(many))
 

@@ -89,6 +89,17 @@ def test_a_log_std_that_widens_the_mean_is_refused(mean, log_std):
         DiagGaussian(torch.zeros(mean), torch.zeros(log_std))
 
 
+@pytest.mark.parametrize("shape", [(5,), (4, 1), (3, 5, 5), (5, 5, 5)])
+def test_draws_and_gaussians_of_another_shape_are_refused(shape):
+    q, other = (DiagGaussian(torch.zeros(size), torch.zeros(())) for size in ((5, 5), shape))
+    with pytest.raises(ValueError, match="is no draw of a Gaussian"):
+        q.log_prob(other.mean)
+    with pytest.raises(ValueError, match="KL of Gaussians with means"):
+        kl(q, other)
+    one_for_all = DiagGaussian(torch.ones(1, 5), torch.zeros(()))
+    assert torch.equal(kl(q, one_for_all), torch.full((5,), 2.5))
+
+
 @pytest.mark.parametrize("shape", [(2, 1), ()])
 def test_terms_of_one_shape_that_is_not_per_example_are_refused(shape):
     with pytest.raises(ValueError, match="per example"):

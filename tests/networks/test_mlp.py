@@ -66,6 +66,11 @@ def test_few_pixel_features_make_a_small_head():
     assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in full.parameters()) / 15
 
 
+def test_a_small_head_starts_near_a_uniform_distribution():
+    full, narrow = (PixelHead(256, (3, 8, 8), 256, features)(torch.randn(64, 256)).std() for features in (256, 4))
+    assert narrow < 0.6 * full
+
+
 def gaussian_loss(q: DiagGaussian) -> torch.Tensor:
     return kl(q, DiagGaussian.standard(q.mean)).sum()
 
