@@ -54,9 +54,9 @@ def _heading(machine: dict[str, Any]) -> list[str]:
     """Returns what stands above the table in its file."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return [
-        "Medians of pairs measured in turns by `python -m benchmarks`, each row's number of them in its column; ratios are",
-        f"ours/theirs where small is good, and theirs/ours where large is. {machine['processor']}, {machine['cores']} cores, "
-        f"{machine['threads']} threads; {versions}.",
+        "Pairs measured in turns by `python -m benchmarks`, each row's number of them in its column. A ratio is the median of",
+        "the pairs' ratios, which is not the ratio of the two medians beside it: ours/theirs where small is good, theirs/ours",
+        f"where large is. {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; {versions}.",
         "",
     ]
 

@@ -186,7 +186,8 @@ def document(found: dict[str, dict[int, dict[str, Noise | float]]]) -> str:
             "",
             "![ratio of the standard deviations](images/estimators.png)",
             "",
-            f"## Linear-Gaussian data, x ~ N(0, {S2}), cosine schedule, v̂ at {SCALE} of the optimal one",
+            f"## Linear-Gaussian data, x ~ N(0, {S2}), cosine schedule, a linear predictor whose "
+            f"v̂ = √ᾱ_t ε̂ − √(1−ᾱ_t) x̂₀ is {SCALE} of the optimal one",
             "",
             *rows(found["linear-Gaussian"], True),
             "",

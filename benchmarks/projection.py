@@ -182,8 +182,8 @@ def limits(recipe: Counted) -> list[str]:
         "slower it would.",
         f"**Data**: at most {need:,.0f} images/s are asked for, {need * recipe.num_dims / 1e6:,.0f} MB/s as bytes, by all "
         f"ranks together, and each rank reads {SLOW.fetch:,} or more, given a core or two of its own. CIFAR-10 is resident.",
-        f"**Memory** limits nothing: about {fits:,} images at once fit into {first.memory / 1e9:.0f} GB even in float32, so "
-        "neither `trainer=fsdp` nor `checkpoint_activations` is called for.",
+        f"**Memory** limits nothing: about {fits:,} images at once fit into nine tenths of {first.memory / 1e9:.0f} GB even in "
+        "float32, so neither `trainer=fsdp` nor `checkpoint_activations` is called for.",
         "**Evaluation**: FLOPs, as the calls of many images and steps share a batch. The exact sum costs "
         f"{recipe.num_steps / recipe.calls:.3g} times what importance costs: it belongs to the end of a run. Samples cost as "
         "much as the exact sum, image for image.",

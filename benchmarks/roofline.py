@@ -70,8 +70,8 @@ class Assumed:
     fetch: float
 
 
-FAST = Assumed(0.4, 0.5, 0.0, 0.8, 0.8, 5e-6, 232_000)
-SLOW = Assumed(0.2, 1.0, 1.0, 0.8, 0.5, 5e-6, 67_000)
+FAST = Assumed(0.4, 0.5, 0.0, 0.8, 0.8, 5e-6, 312_000)
+SLOW = Assumed(0.2, 1.0, 1.0, 0.8, 0.5, 5e-6, 57_000)
 
 
 @dataclass(frozen=True)

@@ -155,9 +155,10 @@ def _ranks(processes: dict[str, list[float]]) -> str:
     one, two, apart = (1e3 * statistics.median(processes[name]) for name in ("one", "two", "apart"))
     ratios = [a / b for a, b in zip(processes["one"], processes["two"], strict=True)]
     return (
-        f"**Ranks**: two processes took {two:.3g} ms a step and one {one:.3g}: {statistics.median(ratios):.2f} times as fast "
-        f"({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds). Two jobs of half the batch at the same time, "
-        f"that know nothing of each other, take {apart:.3g} ms a step: so much the machine allows, and the rest "
+        f"**Ranks**: two processes took {two:.3g} ms a step and one {one:.3g}, in the median round "
+        f"{statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} rounds). "
+        f"Two jobs of half the batch at the same time, that know nothing of each other, take {apart:.3g} ms a step: so much "
+        "the machine allows, and the rest "
         f"({two - apart:.2g} ms) is what acting as one costs: gradients are added up, and each draws the whole batch's noise. "
         "Two cores show no more than that: nothing of many ranks, nothing of GPUs. See [projection.md](projection.md)."
     )

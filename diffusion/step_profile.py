@@ -6,6 +6,7 @@ p_t ∝ √E[KL_t²], which minimises the variance of KL_t/p_t, needs few. Any p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ class StepProfile(nn.Module):
             self._sums *= MEMORY
             self._fading = False
         square = step_kl.float().square()
-        finite = square.isfinite()
+        finite = square < math.inf  # nor NaN
         self._sums[0].index_add_(0, t, torch.where(finite, square, 0.0))
         self._sums[1].index_add_(0, t, finite.float())
 

@@ -90,14 +90,17 @@ def _row_by_row(fill: Callable[[Tensor, torch.Generator], object], shape: tuple[
     return out
 
 
+def _cut() -> bool:
+    return _rows is not None and _rows.stop - _rows.start < _rows.total
+
+
 def _own_rows(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
-    if _rows is None or _rows.stop - _rows.start == _rows.total:
+    if not _cut():
         return draw(shape)
     # k entries of one example lie together (several steps of one image in one network batch), in the global batch too
     own = _rows.stop - _rows.start
     k = -(-shape[0] // max(own, 1))  # not divmod, at which torch.compile breaks the graph; rounded up for a part of the rows
-    # a copy: what is kept for the backward pass would otherwise hold the whole batch's draws
-    return draw((k * _rows.total, *shape[1:]))[k * _rows.start :][: shape[0]].clone()
+    return draw((k * _rows.total, *shape[1:]))[k * _rows.start :][: shape[0]]
 
 
 def global_batch(batch: int) -> int:
@@ -109,7 +112,8 @@ def randn_like(x: Tensor) -> Tensor:
     """Draws N(0, 1) with the shape, dtype and device of ``x`` (B, *)."""
     if _own is not None:
         return _row_by_row(lambda row, generator: row.normal_(generator=generator), tuple(x.shape), x.dtype).to(x.device)
-    return _own_rows(lambda shape: torch.randn(shape, dtype=x.dtype, device=x.device), tuple(x.shape))
+    drawn = _own_rows(lambda shape: torch.randn(shape, dtype=x.dtype, device=x.device), tuple(x.shape))
+    return drawn.clone() if _cut() else drawn  # what is kept for the backward pass would else hold the whole batch's
 
 
 def rand(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

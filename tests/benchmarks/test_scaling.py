@@ -144,6 +144,17 @@ def test_the_committed_projection_is_what_the_script_writes(request):
     assert page == fresh
 
 
+def test_the_speeds_of_data_are_those_that_were_measured(request):
+    root = request.config.rootpath
+    measured = json.loads((root / "benchmarks" / "results" / "streaming.json").read_text())["rows"]
+    speeds = [round(row["images_per_second"], -3) for row in measured]
+    _, table = (root / "docs" / "data.md").read_text().split("**Speed**")
+    written = [float(number.replace(",", "")) for number in re.findall(r"\b[\d,]+,000\b", table.split("\n\n")[1])]
+    assert sorted(written) == sorted(speeds)
+    ours = [speed for row, speed in zip(measured, speeds, strict=True) if row["from"] == "page cache" and not row["flip"]]
+    assert [FAST.fetch, SLOW.fetch] == ours
+
+
 def of_this_torch(page):
     """Whether what is counted should be the page's: what autograd keeps is up to PyTorch's kernels."""
     return f"torch {torch.__version__} " in page
@@ -192,7 +203,7 @@ def test_quick_runs_and_writes_page_plot_and_raw_figures(tmp_path, monkeypatch, 
     again = record["checkpointed_activations"]
     assert again["again"] < 0.2 * again["whole"]
     assert len(again["pairs"]["ours"]) == len(again["pairs"]["theirs"]) == 1
-    assert "A step takes" in text
+    assert "a step takes" in text
 
 
 def test_quick_writes_nothing_unless_it_is_told_where(tmp_path, monkeypatch):
