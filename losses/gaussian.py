@@ -89,7 +89,7 @@ class DiagGaussian:
             ValueError: if z has another shape than the mean: by hand, (B,) under (B, 1) gives B² numbers silently.
         """
         if z.shape != self.mean.shape:
-            raise ValueError(f"z of shape {tuple(z.shape)} is no draw of a Gaussian with mean {tuple(self.mean.shape)}")
+            raise ValueError(f"z of shape {tuple(z.shape)} is no draw of N with mean {tuple(self.mean.shape)}: give one shape")
         standardized = (z - self.mean) * inverse_std(self.log_std)
         return -0.5 * standardized.square() - self.log_std - HALF_LOG_2PI
 
