@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import math
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from weakref import proxy
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -56,12 +58,22 @@ class WholeFiles(TorchCheckpointIO):
         """Writes the file at once; one that a callback of one's own keeps elsewhere (``s3://...``) as Lightning does."""
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
+        self._write(lambda draft: torch.save(checkpoint, draft), path)
+
+    def copy_checkpoint(self, source: str | Path, path: str | Path) -> None:
+        """Copies a file at once, which takes a third of the time that writing 560 MB does, and gathers nothing again."""
+        self._write(lambda draft: shutil.copyfile(source, draft), path)
+
+    @staticmethod
+    def _write(write: Callable[[Path], object], path: str | Path) -> None:
         draft = Path(f"{path}.part")
         draft.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.save(checkpoint, draft)
+            write(draft)
         except BaseException as error:
             draft.unlink(missing_ok=True)
+            if isinstance(error, OSError):  # names the draft, or what is copied
+                raise OSError(error.errno, error.strerror, str(path)) from error
             if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
                 raise OSError(errno.EIO, "cannot be written whole, perhaps because the disk is full", str(path)) from error
             raise
@@ -106,7 +118,17 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = WholeFiles()
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+        files, written = trainer.strategy.checkpoint_io, self._last_checkpoint_saved
+        best_now = written == self.best_model_path and self._last_global_step_saved == trainer.global_step
+        if best_now and filepath == self.last_model_path and isinstance(files, WholeFiles):  # last.ckpt, of the same moment
+            if trainer.is_global_zero:
+                files.copy_checkpoint(written, filepath)
+            trainer.strategy.barrier("RunCheckpoint.copy")
+            self._last_checkpoint_saved = filepath
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                logger.after_save_checkpoint(proxy(self))
+        else:
+            super()._save_checkpoint(trainer, filepath)
         self.kept_step = trainer.global_step
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -76,6 +76,26 @@ def test_ctrl_c_after_divergence_keeps_the_checkpoint_before_it(spoil, tmp_path)
     assert last(tmp_path) == 11
 
 
+def test_the_last_is_a_copy_of_the_best_of_the_same_moment_and_else_its_own(tmp_path, monkeypatch):
+    dumped, usual = [], WholeFiles.save_checkpoint
+
+    def save(self, content, path, storage_options=None):
+        dumped.append((Path(path).stem, content["global_step"]))
+        usual(self, content, path)
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", save)
+    run_here(tmp_path, *JOB, "trainer.max_epochs=2")
+    best, kept = (tmp_path / "run" / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    assert dumped == [("best", 11), ("best", 22)]
+    assert best.read_bytes() == kept.read_bytes()
+    assert not best.samefile(kept)
+    spoiled = ("model.optimizer.lr=1", "trainer.gradient_clip_val=null")
+    run_here(tmp_path, *JOB, "trainer.max_epochs=3", "ckpt=last", *spoiled)
+    assert dumped[2:] == [("last", 33)]
+    assert torch.load(best, weights_only=True)["global_step"] == 22
+    assert last(tmp_path) == 33
+
+
 def test_weights_that_are_not_finite_are_not_gone_on_from(tmp_path):
     run_here(tmp_path, *JOB, "trainer.max_epochs=1")
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -111,20 +131,23 @@ def test_a_write_that_is_cut_short_leaves_the_file_before(tmp_path, monkeypatch)
 def test_a_disk_that_is_full_is_said_in_one_sentence_and_leaves_the_file_before(tmp_path):
     import resource
 
-    place = tmp_path / "last.ckpt"
+    place, large = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
     WholeFiles().save_checkpoint({"step": 1}, place)
+    large.write_bytes(bytes(200_000))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match="perhaps because the disk is full") as error:
             WholeFiles().save_checkpoint({"weights": torch.zeros(100_000)}, place)
+        with pytest.raises(OSError, match="large") as of_copy:
+            WholeFiles().copy_checkpoint(large, place)
         with pytest.raises(OSError, match="large"), whole(tmp_path / "record.json") as draft:
             draft.write_text("x" * 200_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error.value.filename == str(place)
+    assert error.value.filename == of_copy.value.filename == str(place)
+    assert sorted(tmp_path.iterdir()) == [large, place]
     assert torch.load(place, weights_only=True) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [place]
 
 
 class Counts(Callback):
