@@ -85,7 +85,7 @@ class Pictures(Callback):
         unit = module.unit
         values = kls if module.levels is None else nats_to_bits_per_dim(kls, module.num_dims)
         what = "Cost ln q/p of each latent" if module.consistency else "KL of each latent"
-        caption = f"{what} z₁..z_{len(values)}, mean of {len(x)} test images, {unit}; sum {values.sum():.3f} {unit}"
+        caption = f"{what} z_1..z_{len(values)}, mean of {len(x)} test images, {unit}; sum {values.sum():.3f} {unit}"
         self._save(trainer, plot_profile(values.numpy(), unit, caption), "plots/kl_per_level.png", "kl_per_level", caption)
 
     def _table(self, trainer: Trainer, kls: Tensor) -> None:

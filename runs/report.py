@@ -24,7 +24,7 @@ TITLES = {
     "matching": "matching  ΣKL of z₁..z_{T−1}",
     "elbo": "total  −ELBO",
 }
-CONSISTENCY = TITLES | {"prior": "prior  KL of z_T from z_{T−1}", "matching": "consistency  Σ ln q/p of z₁..z_{T−1}"}
+CONSISTENCY = TITLES | {"prior": "prior  KL of z_T from z_{T−1}", "matching": "matching  Σ ln q/p, z₁..z_{T−1}"}
 
 COSTS = {term: -SIGNS.get(term, 1) for term in TITLES}  # the sign of each term as a cost, summing to -ELBO
 
