@@ -44,6 +44,7 @@ class GaussianDiffusion(nn.Module):
         betas: β_t, with betas[0] = 0 for the data.
         alpha_bar: ᾱ_t, falling from ᾱ_0 = 1.
         snr: SNR_t = ᾱ_t / (1 - ᾱ_t), snr[0] = inf.
+        scales: (√ᾱ_t, √(1 - ᾱ_t)) as plain numbers, for a sampler's step, where one t is for all and no device is to be asked.
         epsilon_weight, x0_weight, v_weight: KL_t = weight_t · ‖error‖² for t ≥ 2 and σ_t² = β̃_t; 0 below.
 
     Args:
@@ -69,6 +70,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"variance gives {variances[t - 1].item()} at t={t}: it must be positive, also for tiny betas")
         for name, value in _coefficients(betas, variances).items():
             self.register_buffer(name, value, persistent=False)
+        self.scales = list(zip(self.sqrt_alpha_bar.tolist(), self.noise_std.tolist(), strict=True))
 
     def _apply(self, fn, recurse: bool = True) -> GaussianDiffusion:
         # Follow the device that fn moves to, whatever dtype it asks for (Apple's GPUs have no float64).
