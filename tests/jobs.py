@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.jobs import ROOT, configure
 from tests.forks import Fork
 
-__all__ = ["QUICK", "ROOT", "SMALL_DDPM", "begin", "command", "configure", "result", "run_here", "torchrun"]
+__all__ = ["QUICK", "ROOT", "SMALL_DDPM", "begin", "command", "configure", "free_port", "result", "run_here", "torchrun"]
 QUICK = (
     "trainer.accelerator=cpu",
     "trainer.devices=1",
@@ -42,15 +42,21 @@ def begin(*overrides: str, cwd: Path, script: str = "train.py", **variables: str
     return Fork([str(ROOT / script), *overrides], cwd, environment)
 
 
+def free_port() -> int:
+    """Returns a port that nothing listens at now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def torchrun(count: int, *overrides: str, cwd: Path, script: str = "train.py") -> subprocess.CompletedProcess:
     """Runs a command in ``count`` processes as torchrun would: what Lightning begins has everything to import.
 
     Returns what all of them have printed, and the largest of their codes.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0}
+    common = {
+        "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GROUP_RANK": 0,
+    }  # fmt: skip
     begun = []
     for rank in range(count):
         variables = common | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "tests"}

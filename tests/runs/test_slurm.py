@@ -6,10 +6,10 @@ import time
 
 import torch
 
-from tests.jobs import QUICK, begin
+from tests.jobs import QUICK, begin, free_port
 
 
-def tasks(tmp_path, port, *overrides):
+def tasks(tmp_path, *overrides):
     """Starts both tasks of job 4242, which would train for ever."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
@@ -17,7 +17,7 @@ def tasks(tmp_path, port, *overrides):
     common = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     job = (
         "trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2", *QUICK[3:], "model=vae",
@@ -45,8 +45,8 @@ def wait_for(checkpoint, step=0):
 
 def test_a_job_is_requeued_from_where_it_was_and_stops_where_all_ranks_are(tmp_path):
     """First SIGUSR1 to all tasks, as SLURM sends it; then SIGTERM to the one that writes nothing."""
-    port, checkpoint = 20000 + os.getpid() % 20000, tmp_path / "here" / "checkpoints" / "last.ckpt"
-    first = tasks(tmp_path, port)
+    checkpoint = tmp_path / "here" / "checkpoints" / "last.ckpt"
+    first = tasks(tmp_path)
     wait_for(checkpoint)
     for task in first:
         os.kill(task.pid, signal.SIGUSR1)
@@ -57,7 +57,7 @@ def test_a_job_is_requeued_from_where_it_was_and_stops_where_all_ranks_are(tmp_p
     assert f"SLURM job 4242 is put back in the queue at step {step}\n" in said[0]
     assert "SLURM job" not in said[1]
     assert step % 5 == 0  # where the loss is logged
-    again = tasks(tmp_path, port)
+    again = tasks(tmp_path)
     wait_for(checkpoint, step)
     os.kill(again[1].pid, signal.SIGTERM)
     said, _ = ended(again)
@@ -70,7 +70,7 @@ def test_a_job_is_requeued_from_where_it_was_and_stops_where_all_ranks_are(tmp_p
 
 def test_a_validation_that_is_due_ends_and_is_kept_before_the_job_stops(tmp_path):
     checkpoint = tmp_path / "here" / "checkpoints" / "last.ckpt"
-    both = tasks(tmp_path, 20000 + (os.getpid() + 1) % 20000, "trainer.log_every_n_steps=11")  # the ends of epochs
+    both = tasks(tmp_path, "trainer.log_every_n_steps=11")  # the ends of epochs
     wait_for(checkpoint)
     for task in both:
         os.kill(task.pid, signal.SIGUSR1)
