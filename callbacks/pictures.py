@@ -84,9 +84,11 @@ class Pictures(Callback):
         self._table(trainer, kls)
         unit = module.unit
         values = kls if module.levels is None else nats_to_bits_per_dim(kls, module.num_dims)
-        what = "Cost ln q/p of each latent" if module.consistency else "KL of each latent"
-        caption = f"{what} z_1..z_{len(values)}, mean of {len(x)} test images, {unit}; sum {values.sum():.3f} {unit}"
-        self._save(trainer, plot_profile(values.numpy(), unit, caption), "plots/kl_per_level.png", "kl_per_level", caption)
+        what = "ln q/p" if module.consistency else "KL"
+        total = f"sum {values.sum():.3f} {unit}"
+        caption = f"{what} of each latent z_1..z_{len(values)}, mean of {len(x)} test images, {unit}; {total}"
+        figure = plot_profile(values.numpy(), unit, caption, what)
+        self._save(trainer, figure, "plots/kl_per_level.png", "kl_per_level", caption)
 
     def _table(self, trainer: Trainer, kls: Tensor) -> None:
         """Writes the numbers behind the profile, for runs to be laid over each other: t and nats, as a file and in W&B."""
@@ -161,8 +163,8 @@ def label_decades(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def plot_profile(values: np.ndarray, unit: str, caption: str) -> plt.Figure:
-    """Returns a figure of the KL of each latent: bars for a few, a curve with its sum from the top for many."""
+def plot_profile(values: np.ndarray, unit: str, caption: str, what: str = "KL") -> plt.Figure:
+    """Returns a figure of what each latent costs: bars for a few, a curve with its sum from the top for many."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     t = np.arange(1, len(values) + 1)
     if len(values) <= 12:
@@ -172,13 +174,19 @@ def plot_profile(values: np.ndarray, unit: str, caption: str) -> plt.Figure:
         axis.set_xticks(t)
         axis.axhline(0, color="black", linewidth=0.8)
     else:
-        axis.plot(t, np.clip(values, 1e-9, None), color=BLUE, label="KL of one step (left, log scale)")
-        axis.set_yscale("log")
-        label_decades(axis.yaxis)
+        signed = bool((values < 0).any())  # as log ratios of a drawn chain may be
+        label = f"{what} of one step (left{'' if signed else ', log scale'})"
+        axis.plot(t, values if signed else np.clip(values, 1e-9, None), color=BLUE, label=label)
+        if signed:
+            axis.axhline(0, color="black", linewidth=0.8)
+        else:
+            axis.set_yscale("log")
+            label_decades(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(steps=(1, 2, 5, 10), integer=True))
         total = axis.twinx()
-        total.plot(t, values[::-1].cumsum()[::-1], color=ORANGE, label="sum of all steps from here up (right)")
-        total.set(ylabel=unit, ylim=(0, None))
+        sums = values[::-1].cumsum()[::-1]
+        total.plot(t, sums, color=ORANGE, label="sum of all steps from here up (right)")
+        total.set(ylabel=unit, ylim=(min(0, 1.05 * sums.min()), None))
         figure.legend(fontsize=8, ncols=2, loc="outside upper center")  # on a curve it would hide some of it
     axis.set(xlabel="t: the latent z_t (x_t in DDPM); the last is the prior term", ylabel=unit)
     axis.set_title(caption, fontsize=8)

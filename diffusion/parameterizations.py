@@ -79,7 +79,7 @@ class Epsilon(Parameterization):
         """See :meth:`Parameterization.x0`."""
         noise = self.epsilon(output, x_t, t, process)
         if isinstance(t, int):
-            scale, std = process.scales[t]
+            scale, std = process.scales(t)
             return torch.sub(x_t, noise, alpha=std).div_(scale)
         signal = torch.addcmul(x_t, process.at(process.noise_std, t, x_t), noise, value=-1)
         return signal.div_(process.at(process.sqrt_alpha_bar, t, x_t))

@@ -70,7 +70,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"variance gives {variances[t - 1].item()} at t={t}: it must be positive, also for tiny betas")
         for name, value in _coefficients(betas, variances).items():
             self.register_buffer(name, value, persistent=False)
-        self.scales = list(zip(self.sqrt_alpha_bar.tolist(), self.noise_std.tolist(), strict=True))
+        self._scales = list(zip(self.sqrt_alpha_bar.tolist(), self.noise_std.tolist(), strict=True))
 
     def _apply(self, fn, recurse: bool = True) -> GaussianDiffusion:
         # Follow the device that fn moves to, whatever dtype it asks for (Apple's GPUs have no float64).
@@ -85,10 +85,18 @@ class GaussianDiffusion(nn.Module):
         if not like.is_floating_point():
             raise TypeError(f"x is {like.dtype}, no floating-point numbers: images of levels go through losses.to_unit first")
         if isinstance(t, int):
-            if t < 0:
-                raise ValueError(f"t={t}: steps are 1..{self.num_steps}, and 0 is the data")
+            self._check_step(t)
             return coefficient[t].to(like.dtype)
         return per_example(coefficient.index_select(0, t), like)  # half the time of coefficient[t]
+
+    def _check_step(self, t: int) -> None:
+        if not 0 <= t <= self.num_steps:
+            raise ValueError(f"t={t}: steps are 1..{self.num_steps}, and 0 is the data")
+
+    def scales(self, t: int) -> tuple[float, float]:
+        """Returns √ᾱ_t and √(1 - ᾱ_t) as plain numbers: a sampler's step asks for them, and a device is not to be asked."""
+        self._check_step(t)
+        return self._scales[t]
 
     def marginal(self, x0: Tensor, t: Tensor | int) -> DiagGaussian:
         """Returns q(x_t | x_0): x0 (B, *), t (B,) in 0..T, or one for all."""

@@ -208,9 +208,11 @@ class LikelihoodModule(LightningModule, ABC):
         if not isinstance(x, Tensor):
             raise ValueError(f"a batch is a {type(x).__name__}: give images (B, C, H, W) as one tensor, or (images, labels)")
         if self.levels is not None and x.device.type == "cpu" and x.numel() and not x.is_floating_point():
-            low, high = int(x.numpy().min()), int(x.numpy().max())
-            if low < 0 or high >= self.levels:
-                raise ValueError(f"images hold values {low}..{high}, but this model takes 0..{self.levels - 1}")
+            values = x.numpy()
+            if values.max() >= self.levels or (x.dtype != torch.uint8 and values.min() < 0):
+                raise ValueError(
+                    f"images hold values {values.min()}..{values.max()}, but this model takes 0..{self.levels - 1}"
+                )
         return x
 
     def on_train_start(self) -> None:

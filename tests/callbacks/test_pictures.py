@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 from callbacks import Pictures
-from callbacks.pictures import fixed_draws
+from callbacks.pictures import fixed_draws, plot_profile
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -34,3 +36,16 @@ def test_training_draws_on_as_if_no_picture_had_been_drawn():
     assert torch.equal(torch.rand(3), expected)
     with fixed_draws(torch.device("cpu")):
         assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize(("lowest", "what", "scale"), [(0.001, "KL", "log"), (0.0, "KL", "log"), (-0.5, "ln q/p", "linear")])
+def test_a_long_profile_shows_log_ratios_of_either_sign_as_they_are(lowest, what, scale):
+    values = np.linspace(1.0, lowest, 20)
+    figure = plot_profile(values, "bits/dim", "twenty latents", what)
+    axis, total = figure.axes
+    assert axis.get_yscale() == scale
+    (line,) = (line for line in axis.lines if len(line.get_xdata()) == 20)
+    np.testing.assert_allclose(line.get_ydata(), values, atol=1e-9)
+    assert [text.get_text().startswith(f"{what} of one step") for text in figure.legends[0].texts] == [True, False]
+    assert total.get_ylim()[0] <= min(0.0, total.lines[0].get_ydata().min())
+    plt.close(figure)

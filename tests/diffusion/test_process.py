@@ -122,6 +122,8 @@ def test_other_shapes_and_steps_are_refused_and_not_broadcast():
         (lambda: process.step_kl(grey, colours, t, colours), "not of the same images"),
         (lambda: process.marginal(colours[:1], t), "not one step for each of the 1 rows"),
         (lambda: process.marginal(colours, -1), "t=-1: steps are 1..10"),
+        (lambda: process.marginal(colours, 11), "t=11: steps are 1..10"),
+        (lambda: diffusion.Epsilon().x0(colours, colours, -1, process), "t=-1: steps are 1..10"),
     ):
         with pytest.raises(ValueError, match=words):
             refused()
