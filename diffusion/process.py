@@ -44,7 +44,6 @@ class GaussianDiffusion(nn.Module):
         betas: β_t, with betas[0] = 0 for the data.
         alpha_bar: ᾱ_t, falling from ᾱ_0 = 1.
         snr: SNR_t = ᾱ_t / (1 - ᾱ_t), snr[0] = inf.
-        scales: (√ᾱ_t, √(1 - ᾱ_t)) as plain numbers, for a sampler's step, where one t is for all and no device is to be asked.
         epsilon_weight, x0_weight, v_weight: KL_t = weight_t · ‖error‖² for t ≥ 2 and σ_t² = β̃_t; 0 below.
 
     Args:
