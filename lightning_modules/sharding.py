@@ -15,10 +15,17 @@ from torch import Tensor, nn
 def networks(module: nn.Module) -> Iterator[nn.Module]:
     """Yields the parts of a model that are called as one and hold parameters; lists of modules are looked into."""
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from networks(child)
         elif any(True for _ in child.parameters()):
             yield child
+
+
+def loose_parameters(module: nn.Module) -> list[str]:
+    """Returns the names of a model's parameters that stand in no network: nothing is called that would gather them."""
+    names = {part: name for name, part in module.named_modules()}
+    lists = [names[part] for part in networks(module) if isinstance(part, (nn.ParameterList, nn.ParameterDict))]
+    return [*(name for name, _ in module.named_parameters(recurse=False)), *lists]
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -37,9 +44,17 @@ def shard(module: nn.Module, mesh: Any) -> None:
     Args:
         module: the model, with the same weights on every rank.
         mesh: of (nodes, devices of a node): shards within a node; nodes, where links are slow, hold the same shards.
+
+    Raises:
+        ValueError: if parameters stand outside of the networks: each rank would train its own.
     """
     from torch.distributed.fsdp import fully_shard
 
+    if loose := loose_parameters(module):
+        raise ValueError(
+            f"trainer=fsdp shards networks, and {', '.join(loose)} of {type(module).__name__} stand outside of them: put them "
+            "into a module that is called, or choose trainer=ddp"
+        )
     mesh = mesh[mesh.mesh_dim_names[1]] if mesh.size(0) == 1 else mesh
     for network in networks(module):
         for part in (*blocks(network), network):

@@ -31,6 +31,14 @@ def whole(model):
     return {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
 
 
+@pytest.mark.parametrize("loose", [torch.nn.Parameter(torch.zeros(3)), torch.nn.ParameterList([torch.zeros(3)])])
+def test_parameters_that_no_network_would_gather_are_refused(loose, mesh, tmp_path):
+    model = build_part(configure(tmp_path, "model=vae").model)
+    model.mean = loose
+    with pytest.raises(ValueError, match="mean of VAELightningModule stand outside"):
+        shard(model, mesh)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_an_evaluation_between_two_steps_changes_nothing_of_what_is_gathered_when(name, mesh, tmp_path):
     model = build_part(configure(tmp_path, *MODELS[name]).model).train()
