@@ -26,6 +26,7 @@ from runs.directory import higher_is_better
 from runs.faults import is_somebodys
 from runs.kinds import wrong_kinds
 from runs.names import check_names
+from runs.sweep_jobs import wrong_switch
 
 MANY_RANKS = ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID")  # in the environment of those that something else starts
 
@@ -52,7 +53,6 @@ NUMBERS = {
     "model.optimizer.lr": (0, False, False),
     "model.optimizer.weight_decay": (0, True, False),
 }
-SWITCHES = ("sweep.fresh", "sweep.retry_failed")  # those of what is built have annotations that say so
 ELSEWHERE = {  # what the trainer is given here, and the setting that decides it
     "logger": "logger=wandb, logger=csv or ~logger",
     "callbacks": "+callbacks.NAME._target_=...",
@@ -128,10 +128,8 @@ def _check_types(cfg: DictConfig) -> None:
         fine = fine and (value > least or (itself and value == least))
         if there and not fine and not (value is None and nullable):
             raise SettingError(f"{name}={value}: give a number {'of at least' if itself else 'above'} {least}")
-    for name in SWITCHES:
-        there, value = _given(cfg, name)
-        if there and not isinstance(value, bool) and value is not None:
-            raise SettingError(f"{name}={value}: give true or false")
+    if wrong := wrong_switch(cfg):
+        raise SettingError(wrong)
 
 
 def check_precision(group: str, precision: Any) -> None:

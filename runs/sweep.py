@@ -29,7 +29,18 @@ from runs.entry import INTERRUPTED, refusal, sentence, start
 from runs.identity import digest, job_name
 from runs.lifelines import in_worker, is_lightnings
 from runs.search import STUDY, go_on, is_search, refused_search
-from runs.sweep_jobs import BEFORE, STATE, SWEEP, ask_to_stop, move_aside, not_shared, read_state, run_or_leave, write_state
+from runs.sweep_jobs import (
+    BEFORE,
+    STATE,
+    SWEEP,
+    ask_to_stop,
+    move_aside,
+    not_shared,
+    read_state,
+    run_or_leave,
+    write_state,
+    wrong_switch,
+)
 
 PLANS = {  # what happens with a job in each state
     "done": "skipped",
@@ -174,6 +185,8 @@ class SweepReport(Callback):
 def refused_sweep(config: DictConfig) -> str | None:
     """Returns a sentence for a sweep that its launcher or sweeper would not run, or not as meant; ``None`` if there is none."""
     hydra = config.hydra
+    if wrong := wrong_switch(config):
+        return wrong
     if given := next((item for item in hydra.overrides.hydra if item.startswith("hydra.run.dir=")), None):
         return f"{given} is the directory of one run, and this is a sweep: give hydra.sweep.dir"
     if str(hydra.launcher._target_).endswith("SlurmLauncher") and shutil.which("srun") is None:
@@ -181,6 +194,9 @@ def refused_sweep(config: DictConfig) -> str | None:
     at_once = hydra.launcher.get("n_jobs", 1)  # an integer, as the plugin has it checked
     if at_once < 1 and at_once != -1:
         return f"hydra.launcher.n_jobs={at_once}: give an integer of at least 1, or -1 for one a core"
+    at_a_time = hydra.sweeper.get("max_batch_size")
+    if at_a_time is not None and at_a_time < 1:
+        return f"hydra.sweeper.max_batch_size={at_a_time}: give an integer of at least 1, or null for all jobs"
     swept = list(hydra.sweeper.get("params") or {})
     for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
         if override.is_sweep_override():

@@ -24,7 +24,17 @@ from runs.relaunch import one_job
 
 STATE, SWEEP = "job.json", "multirun.yaml"
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
+SWITCHES = ("sweep.fresh", "sweep.retry_failed")
 BEFORE = "-before-"  # in the name of what a job left before sweep.fresh=true ran it again
+
+
+def wrong_switch(cfg: DictConfig) -> str | None:
+    """Returns a sentence for a switch of a sweep that is neither true nor false; ``None`` if there is none."""
+    for name in SWITCHES:
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not isinstance(value, bool):
+            return f"{name}={value}: give true or false"
+    return None
 
 
 def read_state(directory: Path) -> tuple[str, str]:
@@ -83,7 +93,7 @@ def run_or_leave(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Pat
     own = varied(HydraConfig.get().overrides.task, sweep) if (sweep / SWEEP).is_file() else ()
     directory = sweep / job_name(cfg, own)
     try:
-        if cfg.sweep.fresh and directory.exists():
+        if cfg.sweep.fresh is True and directory.exists():
             with hold(directory):
                 move_aside(directory)
         directory.mkdir(parents=True, exist_ok=True)

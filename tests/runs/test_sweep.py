@@ -10,9 +10,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
+from hydra_plugins.grid_sweeper import GridSweeper
 from runs.build import SettingError
 from runs.directory import is_held
 from runs.identity import identity, job_name, with_sweep_directory
@@ -122,6 +124,9 @@ def test_jobs_are_run_once_failures_stop_nobody_and_all_is_said(tmp_path):
     assert "already holds a run" not in third.stdout
     assert result(one)["metrics"]["test/bpd"] == json.loads((tmp_path / "taken").read_text())["metrics"]["test/bpd"]
 
+    misspelt = command(*here, "sweep.fresh=flase", cwd=tmp_path)
+    assert misspelt.stderr == "error: sweep.fresh=flase: give true or false\n"
+    assert not list(sweep.glob("*-before-*"))
     command(*[item.replace("0.001,1e+30,-1", "0.001") for item in here], "sweep.fresh=true", cwd=tmp_path)
     assert len(list(sweep.glob("*-before-1/result.json"))) == 2
 
@@ -370,6 +375,16 @@ def test_a_combination_that_makes_no_config_stops_no_other(tmp_path):
     (place,) = sweep.glob("refused-*")
     assert json.loads((place / "job.json").read_text())["status"] == "failed"
     assert [path.parent.name.split("-")[0] for path in sweep.glob("*/result.json")] == ["ddpm"]
+
+
+def test_no_batch_of_a_grid_is_empty_as_submitit_takes_no_such_one(monkeypatch):
+    report = SweepReport()
+    monkeypatch.setattr(SweepReport, "latest", report)
+    overrides = OverridesParser.create().parse_overrides(["seed=1,2,3,4,5"])
+    report.impossible = {("seed=1",), ("seed=2",)}
+    assert GridSweeper.split_arguments(overrides, 2) == [[["seed=3"], ["seed=4"]], [["seed=5"]]]
+    report.impossible = {(f"seed={seed}",) for seed in range(1, 6)}
+    assert GridSweeper.split_arguments(overrides, 2) == GridSweeper.split_arguments(overrides, None) == []
 
 
 def test_a_sweep_of_the_config_is_planned_as_one_of_the_command_line(tmp_path):
