@@ -29,7 +29,9 @@ def extras(setting: Setting, bound: Bound, records: dict[str, Any]) -> dict[str,
         records["probability_flow"] = flow_record(setting)
     latents: list[LatentBalance] = []
     if cfg.balance and isinstance(model, LatentModule):
-        latents, aggregate = measure_latents(model, setting.rows(BALANCE_DRAWS, "balance"), setting.fabric, cfg.batch_size)
+        rows = setting.rows(BALANCE_DRAWS, "balance")
+        with setting.progress("latents", len(rows)) as done:
+            latents, aggregate = measure_latents(model, rows, setting.fabric, cfg.batch_size, done)
         records["balance"] = {"levels": [latent_record(latent) for latent in latents], **aggregate}
     return plots(setting, bound, latents) if cfg.pictures and setting.fabric.is_global_zero else {}
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from scipy.stats import norm
 from torch import nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from evaluation import balance
 from evaluation.balance import ACTIVE, measure_latents
 from lightning_modules import MarkovPosterior, MHVAELightningModule, TopDownPosterior, VAELightningModule
 from losses import DiagGaussian, Gaussian
@@ -48,7 +50,8 @@ def vae(means, stds):
 
 
 def measured(model, x, replicates=8, seed=0, batch_size=1000):
-    return measure_latents(model, rows_of(x.double().view(-1, 1, 1, 1), replicates, seed, "balance"), cpu(), batch_size)
+    rows = rows_of(x.double().view(-1, 1, 1, 1), replicates, seed, "balance")
+    return measure_latents(model, rows, cpu(), batch_size, lambda _: None)
 
 
 def kl(mean, std):
@@ -185,3 +188,14 @@ def test_the_split_has_little_noise_where_the_aggregate_is_near_the_prior(std):
     found = torch.tensor([measured(vae([lambda x: x], [std]), x, 2, seed)[1]["mutual_information"] for seed in range(40)])
     plain = math.sqrt((0.5 * (1 - std**2) ** 2 + std**2 * (1 - std**2)) / 200)  # variance of ln q - ln p at one draw
     assert found.std().item() < 0.3 * plain
+
+
+@pytest.mark.parametrize(("std", "digits"), [(1.0, 1e-12), (1e-3, 1e-7), (1e-5, 1e-2)])
+def test_the_aggregate_posterior_is_the_mixture_of_all(std, digits, monkeypatch):
+    monkeypatch.setattr(balance, "AT_ONCE", 7)
+    log_std = torch.randn(40, 6).double() + math.log(std)
+    q = DiagGaussian(torch.randn(40, 6).double(), log_std)
+    parts = Independent(Normal(q.mean, log_std.exp()), 1)
+    mixture = MixtureSameFamily(Categorical(torch.ones(40).double()), parts)
+    z = torch.cat([q.sample(), torch.randn(3, 6).double()])
+    torch.testing.assert_close(balance._mixture_log_prob(q, z), mixture.log_prob(z), rtol=1e-6, atol=digits)
