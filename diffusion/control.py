@@ -77,6 +77,13 @@ class Control:
         params = self.lattice.likelihood_params(self._output(x_1), x_1, self.process, clip=False)
         return -self.lattice.categorical.log_prob(params, x)
 
+    def first_variance(self, x: Tensor) -> Tensor:
+        """Returns the variance of c_1 over x_1, given images x (B, C, H, W): (B,) float64, nats squared."""
+        if self.lattice is None:
+            return x.new_zeros(len(x), dtype=torch.float64)
+        surprise, _, square = self._pixel(1)
+        return sum_except_batch((square - surprise.square()).clamp(min=0)[x.long()])
+
     def step(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns b_t c_t, summed over the denoisers: (B,), nats."""
         costs = self.costs(x0, x_t, t)
@@ -104,15 +111,15 @@ class Control:
         if self.lattice is None:
             return first, steps
         for t in (self.factors[1:, 1].nonzero().flatten() + 1).tolist():
-            surprise, error = self._pixel(t)
+            surprise, error, _ = self._pixel(t)
             if t == 1:
                 first = self.factors[1, 1] * surprise
             else:
                 steps += self.factors[t, 1] * self.weights[t] * error
         return first, steps
 
-    def _pixel(self, t: int) -> tuple[Tensor, Tensor]:
-        """Returns E[-ln P_π(ℓ | x_t)] and E[(ℓ - x̂)²] over x_t from each level ℓ: (L,) float64 each.
+    def _pixel(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns E[-ln P_π(ℓ | x_t)], E[(ℓ - x̂)²] and E[ln² P_π(ℓ | x_t)] over x_t from each level ℓ: (L,) float64 each.
 
         Either all levels share the nodes x_t, or each has its own, where only the levels near it can be meant: the first takes
         many nodes where the noise is small, the second many levels where it is large.
@@ -132,12 +139,13 @@ class Control:
             density = exponent.softmax(0)
             log_p = (log_pi + exponent).log_softmax(1)
             error = unit * (every - (log_p.exp() @ every)[:, None])
-            return -(density * log_p).sum(0), (density * error.square()).sum(0)
+            return -(density * log_p).sum(0), (density * error.square()).sum(0), (density * log_p.square()).sum(0)
         density = (-0.5 * own.square()).softmax(0)
         offset = torch.arange(-reach, reach + 1).to(log_pi)
         around = F.pad(log_pi, (reach, reach), value=-math.inf).unfold(0, len(offset), 1)  # (L, 2 reach + 1)
         log_p = (around[:, None] - 0.5 * (own[:, None] - gap * offset).square()).log_softmax(2)
-        return -(log_p[..., reach] @ density), (unit * (log_p.exp() @ offset)).square() @ density
+        own_log_p = log_p[..., reach]
+        return -(own_log_p @ density), (unit * (log_p.exp() @ offset)).square() @ density, own_log_p.square() @ density
 
     def _nodes(self, half: float, step: float) -> Tensor:
         """Returns places from -half to half, in standard deviations, no further than ``step`` apart: float64."""

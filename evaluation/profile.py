@@ -72,9 +72,8 @@ def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_
     last = model.num_steps
     spread = torch.logspace(math.log10(2), math.log10(last), STEPS, dtype=torch.float64).round().long()
     steps = spread.clamp(2, last).unique()
-    frequencies = None
-    if model.levels is not None:
-        frequencies = level_frequencies(rows.images.index_select(0, rows.order), model.levels)
+    images = rows.images.index_select(0, rows.order)
+    frequencies = None if model.levels is None else level_frequencies(images, model.levels)
     control = Control(model.process, frequencies, torch.ones(last + 1, DENOISERS))
 
     def moments(x: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_
     factors = torch.stack([_factors(kls[:, i], cheap[:, i]) for i in range(len(steps))])
     every_factor = torch.zeros(last + 1, DENOISERS, dtype=torch.float64)
     every_factor[2:] = torch.stack([_between(steps, factors[:, i], every, logarithms=False) for i in range(DENOISERS)], 1)
-    every_factor[1, 1] = _slope(costs, cheap_costs)
+    every_factor[1, 1] = _slope(costs, cheap_costs, control.first_variance(images).mean().item())
     residuals = kls - (factors * cheap).sum(2)
     return StepMoments(
         means=_between(steps, kls.mean(0), every),
@@ -128,10 +127,15 @@ def _factors(kls: Tensor, cheap: Tensor) -> Tensor:
     return best
 
 
-def _slope(costs: Tensor, cheap: Tensor) -> float:
-    """Returns the b ≥ 0 that leaves least variance within an image of costs - b · cheap: (n, draws) each."""
+def _slope(costs: Tensor, cheap: Tensor, variance: float) -> float:
+    """Returns the b ≥ 0 that leaves least variance within an image of costs - b · cheap: (n, draws) each.
+
+    ``variance`` is that of a cheap cost over all draws, mean over images. Where levels stand far apart, draws that these n do
+    not hold carry all of it, and by their own variance b could be anything.
+    """
     costs, cheap = costs - costs.mean(1, keepdim=True), cheap - cheap.mean(1, keepdim=True)
-    slope = (costs * cheap).sum() / cheap.square().sum().clamp(min=1e-30)
+    freedom = len(cheap) * (cheap.shape[1] - 1)
+    slope = (costs * cheap).sum() / max(cheap.square().sum().item(), freedom * variance, 1e-300)
     return float(slope.clamp(min=0)) if slope.isfinite() else 0.0
 
 

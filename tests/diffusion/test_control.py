@@ -131,7 +131,7 @@ def test_nodes_of_each_level_against_adaptive_quadrature(noise, level):
     process = GaussianDiffusion(torch.tensor([noise**2, 0.5], dtype=torch.float64))
     frequencies = torch.rand(256, dtype=torch.float64) + 0.05
     frequencies /= frequencies.sum()
-    surprise, error = Control(process, frequencies, only(process, 1, 1))._pixel(1)
+    surprise, error, square = Control(process, frequencies, only(process, 1, 1))._pixel(1)
     place = to_unit(torch.arange(256), 256, torch.float64)
     signal, std = process.sqrt_alpha_bar[1].item(), process.noise_std[1].item()
 
@@ -145,5 +145,23 @@ def test_nodes_of_each_level_against_adaptive_quadrature(noise, level):
         return quad(weighed, -8.5, 8.5, limit=400, epsabs=1e-11)[0]
 
     assert surprise[level].item() == pytest.approx(mean(lambda p: -p[level].item()), rel=1e-8, abs=1e-10)
+    assert square[level].item() == pytest.approx(mean(lambda p: p[level].item() ** 2), rel=1e-8, abs=1e-10)
     expected = mean(lambda p: (place[level] - (p.exp() * place).sum()).item() ** 2)
     assert error[level].item() == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("gap", [0.3, 1.5, 4.0])
+def test_the_first_costs_mean_and_variance_are_those_of_draws(levels, gap):
+    noise = 1 / (1 + (gap * (levels - 1) / 2) ** 2)  # the levels stand ``gap`` standard deviations of x_1 apart
+    process = GaussianDiffusion(torch.tensor([noise, 0.5], dtype=torch.float64))
+    frequencies = torch.linspace(1, 5, levels, dtype=torch.float64)
+    control = Control(process, frequencies / frequencies.sum(), only(process, 1, 1))
+    images = torch.randint(levels, (4, 1, 2, 2), dtype=torch.uint8)
+    many = images.repeat_interleave(20_000, 0)
+    x_1 = process.marginal(to_unit(many, levels, torch.float64), 1).sample()
+    costs = control.first_cost(many, x_1).view(4, -1)
+    mean, variance = control.totals(images)[0], control.first_variance(images)
+    assert ((costs.mean(1) - mean).abs() < 5 * (variance / 20_000).sqrt()).all()
+    spread = (costs - mean[:, None]).square()
+    assert ((spread.mean(1) - variance).abs() < 5 * spread.std(1) / math.sqrt(20_000)).all()

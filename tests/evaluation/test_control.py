@@ -58,3 +58,12 @@ def test_the_measured_control_lowers_the_noise_and_moves_nothing():
     assert controlled.var(1).mean() < plain.var(1).mean()
     added = controlled - plain
     assert abs(added.mean()) < 4 * added.var(1).sum().sqrt() / math.sqrt(40) / 128
+
+
+@pytest.mark.parametrize("num_steps", [220, 300, 340])
+def test_a_first_cost_that_rare_draws_carry_moves_no_figure(num_steps):
+    """The levels stand 8 to 11 standard deviations apart, and 256 draws show next to nothing of what c_1 is made of."""
+    images, model = odd_images(32), small_ddpm(num_steps, Epsilon())
+    for seed in range(12):
+        control = measure_steps(model, rows_of(images, 1, seed, "profile"), cpu(), 2048).control
+        assert control.totals(images)[0].max() < 0.02  # nats, b_1 E[c_1]: what is added to a figure where no draw takes it away
