@@ -21,12 +21,11 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from runs.entry import TERMINATED, is_later_rank, loading, told
+    from runs.entry import TERMINATED, loading, refusals
 
     with loading():
         from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-        from runs.build import RankError, SettingError
         from runs.devices import is_child_rank
         from runs.job import run
         from runs.sweep import run_in_sweep
@@ -34,9 +33,8 @@ def main(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return run_in_sweep(cfg, run)
     try:
-        return run(cfg)
-    except SettingError as error:
-        sys.exit(1 if is_later_rank() and not isinstance(error, RankError) else told(error))
+        with refusals():
+            return run(cfg)
     except SIGTERMException:  # Lightning kills rank 0, which may be writing, when a child of its ends with another code than 0
         sys.exit(0 if is_child_rank() else TERMINATED)
 

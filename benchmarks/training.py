@@ -1,4 +1,4 @@
-"""What the framework costs while it trains: with everything on, against raw loops and pythae's trainer; bf16; memory."""
+"""What the framework costs while it trains: with everything on, against raw loops; bf16; memory."""
 
 from __future__ import annotations
 

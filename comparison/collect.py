@@ -17,7 +17,7 @@ import yaml
 from runs.build import SettingError, flatten
 from runs.directory import CONFIG, RESULT, higher_is_better
 from runs.identity import DEFINES, INCIDENTAL
-from runs.sweep_jobs import STATE
+from runs.sweep_jobs import BEFORE, STATE
 
 LEVELS, EVALUATION = "plots/kl_per_level.csv", "evaluation.json"
 EVALUATED = "evaluation/"  # begins the names of what evaluate.py found
@@ -120,7 +120,7 @@ def _candidates(root: Path) -> list[Path]:
 
 def _superseded(directory: Path) -> Path | None:
     """Returns the directory of the job that was run again with ``sweep.fresh=true``, if this is an earlier try of it."""
-    name = re.sub(r"-before-\d+$", "", directory.name)
+    name = re.sub(rf"{BEFORE}\d+$", "", directory.name)
     again = directory.with_name(name)
     return again if name != directory.name and again.is_dir() else None
 
@@ -244,6 +244,7 @@ def evaluated(run: Run) -> Run:
             images["tested_seed"] = evaluation["seed"]  # it says which images they are
     except UNREADABLE:
         return replace(run, result={**run.result, "metrics": {}})
+    images["consistency"] = own.get("consistency", False)
     protocol = {**run.result.get("protocol", {}), **evaluation["data"], **images}
     return replace(run, result={**run.result, "metrics": metrics, "costs": costs, "protocol": protocol})
 

@@ -23,8 +23,8 @@ def figure(title: str, x: str, y: str, kind: str = "linear") -> go.Figure:
     """Returns an empty figure with its captions."""
     made = go.Figure()
     made.update_layout(title={"text": title, "x": 0}, height=420, margin={"l": 60, "r": 20, "t": 50, "b": 50}, template="none")
-    made.update_xaxes(title=x, type=kind, automargin=True)
-    made.update_yaxes(title={"text": y, "standoff": 12}, type=kind, automargin=True)
+    made.update_xaxes(title=x, type=kind, automargin=True, exponentformat="power")
+    made.update_yaxes(title={"text": y, "standoff": 12}, type=kind, automargin=True, exponentformat="power")
     return made
 
 
@@ -69,7 +69,7 @@ def figures(groups: Sequence[Group], metric: str) -> dict[str, go.Figure]:
         "elbo": learning(groups, "Validation ELBO", "val/elbo (nats)", "val/elbo"),
         "levels": lines(
             groups,
-            figure("KL of each latent or step, first seed", "t", "KL (nats)", "log"),
+            figure("Cost of each latent or step (the last is the prior term), first seed", "t", "KL or ln q/p (nats)", "log"),
             lambda run: thin(*positive(*level_kls(run))),
             every_run=False,
         ),

@@ -15,8 +15,10 @@ from runs.build import SettingError
 from runs.directory import higher_is_better
 
 LEVEL = 0.95  # of the confidence intervals
-# where and how a run was computed: by design it changes no figure, so it tells no groups apart unless by= asks for it
+# where and how a run was computed, and how its pictures are drawn: by design that changes no figure, so it tells no groups
+# apart unless by= asks for it
 WHERE = (
+    "model.sampler",
     "trainer._target_", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.plugins",
     "trainer.inference_mode", "trainer.log_every_n_steps", "trainer.enable_model_summary",
 )  # fmt: skip
@@ -69,7 +71,7 @@ class Group:
     @property
     def label(self) -> str:
         """The settings in a few words."""
-        parts = [f"{name}={shown(value)}" for name, value in zip(self.names, self.values.values(), strict=True)]
+        parts = [f"{name}={value}" for name, value in zip(self.names, self.values.values(), strict=True) if value is not None]
         return ", ".join(parts) or (self.runs[0].name if len(self.runs) == 1 else "all runs")
 
     def average(self, of) -> float | None:
@@ -100,15 +102,19 @@ def varied_settings(runs: Sequence[Run]) -> list[str]:
     model.levels where the data alone decides them. It is named where it differs between runs of the same choice.
     """
     chosen: list[str] = []
-    choices = sorted({key for run in runs for key in run.choices if "@" not in key} - {"logger", "trainer"})
+    choices = {key for run in runs for key in run.choices if "@" not in key and not _is_where(key.replace("/", "."))}
+    choices -= {"logger", "trainer"}
     for key in sorted(choices, key=lambda key: (key != "experiment", key.count("/"), key)):  # what decides others comes first
         if _differ([run.choices.get(key) for run in runs]) and not _implied(runs, key, chosen):
             chosen.append(key)
     keys = sorted({key for run in runs for key in run.settings} - {"seed", "overrides"})
-    keys = [key for key in keys if not f"{key}.".startswith(tuple(f"{name}." for name in WHERE))]
-    differing = [key for key in keys if _differ([run.settings.get(key) for run in runs])]
+    differing = [key for key in keys if not _is_where(key) and _differ([run.settings.get(key) for run in runs])]
     differing = [key for key in differing if not _implied(runs, key, chosen) and not _follows(key, differing)]
     return [*sorted(chosen), *differing]
+
+
+def _is_where(key: str) -> bool:
+    return f"{key}.".startswith(tuple(f"{name}." for name in WHERE))
 
 
 def _differ(values: Sequence[Any]) -> bool:
@@ -157,8 +163,7 @@ def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Gr
     Raises:
         SettingError: if a key of ``by`` or the metric is unknown to every run.
     """
-    keys = list(by) if by else varied_settings(runs)
-    for key in keys:
+    for key in by or ():
         if all(value_of(run, key) is None for run in runs):
             raise SettingError(
                 f"by={key} is no setting of these runs: what varies is {', '.join(varied_settings(runs)) or 'nothing'}"
@@ -168,6 +173,7 @@ def group(runs: Sequence[Run], by: Sequence[str] | None, metric: str) -> list[Gr
         known = sorted({name for run in runs for name in run.result.get("metrics", {})})
         known = [name for name in ("val/bpd", *known) if any(run.metric(name) is not None for run in runs)]
         raise SettingError(f"metric={metric} is in none of these runs: choose among {', '.join(known) or 'none'}")
+    keys = list(by) if by else varied_settings(measured)
     sign = -1 if higher_is_better(metric) else 1
     members: dict[str, list[Run]] = {}
     for run in measured:
@@ -216,6 +222,14 @@ def other_images(groups: Sequence[Group]) -> str | None:
     return f"tested on other images, {ranked}: {'; '.join(sorted(set(kinds.values())))}" + (
         "; of one name, but other files, splits, levels or binarisation" * same
     )
+
+
+def other_matching(groups: Sequence[Group]) -> str | None:
+    """Returns whose matching term is a log ratio of drawn chains, if that of others is a sum of KLs."""
+    drawn = [own.label for own in groups if any(run.result.get("protocol", {}).get("consistency") for run in own.runs)]
+    if not 0 < len(drawn) < len(groups):
+        return None
+    return f"matching is Σ ln q/p along drawn chains, which compares with no sum of KLs, of: {'; '.join(drawn)}"
 
 
 def _by_seed(group: Group) -> dict[str, float]:

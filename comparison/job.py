@@ -8,7 +8,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from comparison.collect import EVALUATED, Run, collect, evaluated
-from comparison.groups import group, other_images, pooled_settings
+from comparison.groups import group, other_images, other_matching, pooled_settings
 from comparison.page import page
 from comparison.tables import as_csv, as_markdown, terminal
 from runs.build import SettingError
@@ -48,6 +48,8 @@ def run(cfg: DictConfig) -> None:
     left_out += [f"no finite {cfg.metric}{_instead(one, cfg.metric)}: {one.path}" for one in missing]
     if images := other_images(groups):
         left_out.append(images)
+    if matching := other_matching(groups):
+        left_out.append(matching)
     pooled = pooled_settings(groups)
     if pooled:
         left_out.append(f"not in by=, so means are over runs that differ in it: {', '.join(pooled)}")

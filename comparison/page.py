@@ -149,7 +149,7 @@ def page(groups: Sequence[Group], metric: str, left_out: Sequence[str], title: s
 same images. Click a heading to sort, a legend entry to hide its runs, a number of runs to see what they differ in. Differences
 are paired over common seeds, with a 95% confidence interval.</p>
 {table(groups, metric)}
-{f"<h2>Left out</h2><ul>{missing}</ul>" if missing else ""}
+{f"<h2>Notes</h2><ul>{missing}</ul>" if missing else ""}
 {f"<h2>Plots</h2>{plots}" if plots else ""}
 {sample_grids(groups)}
 {config_diffs(groups)}

@@ -84,7 +84,7 @@ class Pictures:
                 "memory they would take: scale it down or take it away"
             ) from None
         except Exception:  # decoders raise errors of many kinds
-            raise UnreadablePictureError(f"image_folder: {path} cannot be read; repair it or take it away") from None
+            raise _unreadable(path) from None
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """Decodes the pictures of ``index`` (b,): uint8 (b, C, S, S)."""
@@ -109,7 +109,8 @@ class Pictures:
 
         with ThreadPoolExecutor() as pool:
             results = pool.map(fill, range(len(images)))
-            bad = [fault for fault in tqdm(results, title, len(images), disable=quiet) if fault]
+            # None: where there is no terminal, as a log file is none
+            bad = [fault for fault in tqdm(results, title, len(images), disable=quiet or None) if fault]
         if bad:
             raise UnreadablePictureError(bad[0] + (f" ({len(bad) - 1} others are like it)" if len(bad) > 1 else ""))
         return images
@@ -217,12 +218,29 @@ def _digest(root: Path, splits: dict[str, list[Path]]) -> str:
     """
     digest = hashlib.sha256()
     for split, paths in splits.items():
-        files = sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
+        files = sorted((path.relative_to(root).as_posix(), _size(path)) for path in paths)
         digest.update(repr((split, files)).encode())
     return digest.hexdigest()
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link whose file is gone
+        raise _unreadable(path) from None
+
+
+def _unreadable(path: Path) -> UnreadablePictureError:
+    return UnreadablePictureError(f"image_folder: {path} cannot be read; repair it or take it away")
+
+
 def _pictures(folder: Path) -> list[Path]:
-    paths = (Path(base, name) for base, _, names in os.walk(folder) for name in names)
+    paths, seen = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(base)) in seen:  # links may lead round in a circle
+            folders.clear()
+            continue
+        seen.add(place)
+        paths += [Path(base, name) for name in names]
     # names that begin with a dot are a file system's own notes, such as ._cat.jpg
     return sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))

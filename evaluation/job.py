@@ -72,10 +72,8 @@ def run(cfg: DictConfig) -> tuple[float, bool]:
     if fabric.is_global_zero:
         record = evaluation_record(cfg, saved, datamodule, results, fabric, interrupted, time.monotonic() - started)
         path = write_new(saved.directory, record, pictures)
-        say(
-            fabric,
-            f"wrote {path}" + (f" and {len(pictures)} pictures in {path.parent / 'plots' / 'evaluation'}" if pictures else ""),
-        )
+        plots = f" and {len(pictures)} picture{'s' * (len(pictures) > 1)} in {path.parent / 'plots' / 'evaluation'}"
+        say(fabric, f"wrote {path}{plots if pictures else ''}")
     first = results[chosen[0]]
     return first.get("bpd", first["terms"]["elbo"]["nats"]["mean"]), interrupted
 

@@ -76,7 +76,8 @@ def plot_units(latents: Sequence[LatentBalance], cost: str) -> plt.Figure:
         axis.set_title(f"z_{number}: {latent.active} of {len(order)} units active, {latent.kl.sum():.2f} nats", fontsize=9)
     for axis in axes[:, 0]:
         axis.set_ylabel(f"{cost} (nats)")
-    figure.suptitle(f"{cost} of each latent unit; grey: not active", fontsize=9)
+    last = f"; KL of the last latent's, z_{len(latents)}" if cost != "KL" else ""
+    figure.suptitle(f"{cost} of each latent unit{last}; grey: not active", fontsize=9)
     return figure
 
 
@@ -90,14 +91,14 @@ def plot_images(bits: Tensor, images: Images, places: Tensor, levels: int, split
         levels: number of values that a pixel takes.
         split: its name.
     """
-    order = bits.argsort()
+    order, shown = bits.argsort(), min(SHOWN, max(1, len(bits) // 2))
     figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.4), width_ratios=[1.5, 1, 1], layout="constrained")
     axes[0].hist(bits.numpy(), bins=min(40, max(8, int(math.sqrt(len(bits)) * 2))), color=BLUE)
     axes[0].axvline(bits.mean().item(), color=ORANGE, label=f"mean {bits.mean():.3f}")
     axes[0].set(xlabel="bits/dim of one image", ylabel="images")
     axes[0].legend(fontsize=8)
     axes[0].set_title(f"{len(bits)} {split} images", fontsize=9)
-    for axis, chosen, name in ((axes[1], order[:SHOWN], "lowest"), (axes[2], order[-SHOWN:].flip(0), "highest")):
+    for axis, chosen, name in ((axes[1], order[:shown], "lowest"), (axes[2], order[-shown:].flip(0), "highest")):
         canvas = grid(images.index_select(0, places[chosen]), levels, columns=4)
         axis.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_axis_off()

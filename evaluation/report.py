@@ -41,6 +41,7 @@ def bound_record(bound: Bound, model: LikelihoodModule) -> dict[str, Any]:
         "terms": terms,
         "num_images": len(bound.order),
         "estimator": bound.prepared.description,
+        "consistency": bound.prepared.consistency,
         "replicates": bound.replicates,
         "network_calls_per_image": bound.replicates * bound.prepared.calls,
         "pilot_network_calls": bound.pilot_calls,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -117,10 +118,7 @@ def start(main: Callable[[], object]) -> None:
             raise
         sys.exit(f"error: {_no_choice()}")
     except OSError as error:
-        if _asked or error.strerror is None:
-            raise
-        advice = "; choose another place by hydra.run.dir or paths.output_dir" if Path(sys.argv[0]).stem == "train" else ""
-        sys.exit(f"error: {refusal(error)}{advice}")
+        end_by(error)
     finally:
         if not _asked:
             os.environ.pop(FULL, None)
@@ -157,19 +155,25 @@ def refusal(error: OSError) -> str:
     return f"{error.filename or 'a file cannot be read or written'}: {error.strerror or error}"
 
 
+def end_by(error: OSError) -> NoReturn:
+    """Ends the process in one sentence of what the system refused."""
+    if _asked or error.strerror is None:
+        raise error
+    advice = "; choose another place by hydra.run.dir or paths.output_dir" if Path(sys.argv[0]).stem == "train" else ""
+    sys.exit(f"error: {refusal(error)}{advice}")
+
+
 @contextmanager
 def refusals() -> Iterator[None]:
     """Ends the process in one sentence where the block is refused, by a setting or by the system."""
-    from runs.build import SettingError
+    from runs.build import RankError, SettingError
 
     try:
         yield
     except SettingError as error:
-        sys.exit(1 if is_later_rank() else told(error))  # said once, by rank 0
+        sys.exit(1 if is_later_rank() and not isinstance(error, RankError) else told(error))  # said once, by rank 0
     except OSError as error:
-        if _asked or error.strerror is None:
-            raise
-        sys.exit(f"error: {refusal(error)}")
+        end_by(error)
 
 
 def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) -> object:
@@ -179,8 +183,14 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
         run: config -> (what the job gives, whether Ctrl-C cut it short).
         cfg: the job's.
     """
+    from datamodules.base import DamagedDataError
+    from runs.build import RankError
+
     with refusals():
-        given, interrupted = run(cfg)
+        try:
+            given, interrupted = run(cfg)
+        except DamagedDataError as error:
+            raise RankError(str(error)) from None
     if interrupted:
         sys.exit(INTERRUPTED)
     return given

@@ -34,8 +34,8 @@ def is_fault(error: BaseException) -> bool:
     """
     frames = _frames(error)
     own = _innermost_own(frames)
-    if own is None:
-        return False  # a library's own look at settings
+    if own is None or type(error).__module__.partition(".")[0] in PACKAGES:  # which a loader raises again of its worker's
+        return False  # a library's own look at settings, or a refusal by its kind
     ours, (last, place) = _package(own) in PACKAGES, frames[-1]
     if ours and isinstance(error, OSError):
         return False

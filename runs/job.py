@@ -36,7 +36,7 @@ from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
 from runs.data import load_data
 from runs.devices import compile_networks, is_child_rank
-from runs.directory import CONFIG, FORMAT, LOCK, hold, hold_free, withdraw_result
+from runs.directory import CONFIG, FORMAT, LOCK, hold, hold_free, whole, withdraw_result
 from runs.kinds import unknown
 from runs.report import facts_to_group_by
 from runs.resuming import choose_checkpoint, resume_command, same_images
@@ -101,7 +101,8 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
             if not trainer.fast_dev_run:
                 trainer.loggers = build_loggers(cfg, config, directory, step)
             if not is_child_rank():
-                OmegaConf.save(OmegaConf.create(config), directory / CONFIG)
+                with whole(directory / CONFIG) as draft:
+                    OmegaConf.save(OmegaConf.create(config), draft)
         say(trainer, first)
         fit(trainer, model, datamodule, checkpoint, directory)
         best = objective(trainer, model)
@@ -136,7 +137,8 @@ def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> T
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if found and found[1] in cfg.trainer:
             raise SettingError(unknown(cfg.trainer, found[1], inspect.signature(Trainer).parameters)) from None
-        setting = f".devices={cfg.trainer.devices}" if "devices" in str(error) else ""
+        name = "devices" if "devices" in str(error) else "accelerator" if isinstance(error, ImportError) else None
+        setting = f".{name}={cfg.trainer[name]}" if name else ""
         raise SettingError(f"trainer{setting}: {' '.join(str(error).split())}") from error
 
 
@@ -203,7 +205,7 @@ def ended_early(trainer: Trainer) -> str | None:
         if isinstance(callback, EarlyStopping) and (callback.stopped_epoch or out_of_patience(callback)):
             reason = getattr(callback, "stopping_reason_message", None)  # older versions of Lightning have none
             return f"stopped early {where}: {reason or f'{callback.monitor} did not improve'}"
-        if isinstance(callback, Timer) and (callback.time_remaining() or 1) < 0:
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
             return f"trainer.max_time is up {where}"
     return None
 

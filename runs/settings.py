@@ -12,6 +12,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import is_backend_available
 
@@ -20,7 +22,7 @@ from datamodules import ImageDataModule
 from datamodules.sampling import at_least
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
-from runs.build import SettingError
+from runs.build import SettingError, plain
 from runs.devices import check_processes
 from runs.directory import higher_is_better
 from runs.faults import is_somebodys
@@ -179,6 +181,9 @@ def _check_lengths(cfg: DictConfig) -> None:
         raise SettingError(
             f"trainer.val_check_interval={interval}: give a number of batches of at least 1, or a fraction up to 1.0"
         )
+    longest = plain(cfg.trainer).get("max_time")
+    if longest is not None and not _seconds(longest) > 0:
+        raise SettingError(f"trainer.max_time={longest}: give DD:HH:MM:SS, as in 00:12:00:00 for twelve hours")
     for unit in ("epochs", "steps"):
         least, most = cfg.trainer.get(f"min_{unit}"), cfg.trainer.get(f"max_{unit}")
         if None not in (least, most) and 0 <= most < least:
@@ -190,6 +195,14 @@ def _check_lengths(cfg: DictConfig) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
             raise SettingError(f"trainer.{name}={value}: give a number of batches of at least 1, or a fraction up to 1.0")
+
+
+def _seconds(duration: Any) -> float:
+    """Returns how long a time is, as Lightning reads it; NaN if it is none."""
+    try:
+        return Timer(duration).time_remaining()
+    except (MisconfigurationException, TypeError, ValueError, AttributeError):
+        return math.nan
 
 
 def only_tries(trainer: Trainer, cfg: DictConfig) -> bool:

@@ -43,7 +43,7 @@ def test(
         "checkpoint": Path(best).name if best else None,
         "step": step,
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "protocol": {**datamodule.protocol(), **model.protocol()},
+        "protocol": {**datamodule.protocol(), **model.protocol(), "consistency": model.consistency},
         "choices": {key: value for key, value in HydraConfig.get().runtime.choices.items() if not key.startswith("hydra/")},
         "overrides": list(HydraConfig.get().overrides.task),
         "seed": cfg.seed,
@@ -62,7 +62,7 @@ def test(
             write_result(trainer, model, directory, facts, session, time.monotonic() - started)
             if pictures:
                 say(trainer, f"drawing pictures of samples and of each KL, in {directory}")
-                end_by_sigterm()
+                end_by_sigterm(trainer)
 
     others = [callback for callback in trainer.callbacks if callback not in pictures]
     trainer.callbacks = [*others, LambdaCallback(on_test_end=report), *pictures]
@@ -101,11 +101,13 @@ def write_result(
     Console().print(table(metrics, model, f"{images}, {facts['weights']} weights, {steps}"))
 
 
-def end_by_sigterm() -> None:
+def end_by_sigterm(trainer: Trainer) -> None:
     """Has SIGTERM end what follows at once: Lightning looks for it between batches, and there are none any more."""
 
     def end(*_: Any) -> None:
         raise SIGTERMException
 
+    if trainer.received_sigterm:  # in the last batch
+        end()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, end)  # Lightning puts back what was there before

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from comparison.collect import collect
-from comparison.groups import group, other_images, shown, varied_settings
+from comparison.groups import group, other_images, other_matching, shown, varied_settings
 from comparison.tables import as_csv
 from runs.build import SettingError
 from tests.comparison.directories import DDPM, DDPM_SETTINGS, NATS, write_run, write_sweep
@@ -121,6 +121,40 @@ def test_where_a_run_was_computed_tells_groups_apart_only_if_asked_for(tmp_path)
     assert varied(tmp_path) == ["trainer.precision"]
 
 
+def test_how_pictures_are_drawn_tells_no_groups_apart(tmp_path):
+    for seed, sampler in enumerate(("ancestral", "ddim")):
+        settings = {**DDPM_SETTINGS, "model.sampler": {"_target_": f"diffusion.{sampler}"}}
+        write_run(tmp_path / sampler, 2.0 + seed, seed, {**DDPM, "model/sampler": sampler}, settings)
+    (pooled,) = group(runs_of(tmp_path), None, "test/bpd")
+    assert pooled.mean == 2.5
+    assert len(group(runs_of(tmp_path), ["model/sampler"], "test/bpd")) == 2
+
+
+def test_what_varies_is_of_the_runs_that_have_the_figure(tmp_path):
+    for beta in (1.0, 2.0):
+        write_run(tmp_path / f"{beta}", beta, settings={"model.beta": beta})
+    write_run(tmp_path / "continuous", 90.0, choices={"data": "gaussian"}, continuous=True)
+    assert [list(one.values) for one in group(runs_of(tmp_path), None, "test/bpd")] == 2 * [["model.beta"]]
+
+
+def test_log_ratios_of_drawn_chains_beside_kls_are_said(tmp_path):
+    runs = [write_run(tmp_path / f"{beta}", beta, settings={"model.beta": beta}) for beta in (1.0, 2.0)]
+    found = []
+    for kinds in ((False, False), (True, True), (False, True)):
+        for run, kind in zip(runs, kinds, strict=True):
+            is_tested_on(run, consistency=kind)
+        found.append(other_matching(group(runs_of(tmp_path / "*"), None, "test/bpd")))
+    assert found[:2] == [None, None]
+    assert found[2].endswith("compares with no sum of KLs, of: beta=2.0")
+
+
+def test_a_label_leaves_out_what_its_runs_do_not_have(tmp_path):
+    write_run(tmp_path / "vae", 2.0)
+    write_run(tmp_path / "ddpm", 1.0, choices=DDPM, settings=DDPM_SETTINGS)
+    groups = group(runs_of(tmp_path / "*"), ["model", "model/schedule", "model.latent_dim"], "test/bpd")
+    assert [one.label for one in groups] == ["model=ddpm, schedule=linear", "model=vae, latent_dim=14"]
+
+
 def test_so_does_where_the_data_lies(tmp_path):
     for place, figure in (("a", 2.0), ("b", 3.0)):
         write_run(tmp_path / place, figure, settings={"data.root": f"/{place}"})
@@ -159,7 +193,7 @@ def test_a_sweep_of_one_model_beside_another_model(tmp_path):
     groups = group(runs_of(tmp_path), None, "test/bpd")
     assert len(groups) == 7
     vae = next(one for one in groups if one.values["model"] == "vae")
-    assert vae.label == "model=vae, schedule=–, weighting=–"
+    assert vae.label == "model=vae"
 
 
 def test_what_the_data_decides_in_the_model_is_not_repeated(tmp_path):

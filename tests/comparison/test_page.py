@@ -102,7 +102,7 @@ def test_only_figures_with_data_are_drawn(tmp_path):
     text = written(compare(tmp_path / "out", tmp_path / "runs"))
     assert "<h2>Plots" not in text
     assert "<h2>Samples" not in text
-    assert "<h2>Left out" not in text
+    assert "<h2>Notes" not in text
     assert data_of(text) == {}
 
 

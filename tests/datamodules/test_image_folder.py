@@ -179,6 +179,23 @@ def test_sixteen_bits_are_turned_as_eight_are(tmp_path):
         assert turned.tolist() == ramp[::-1, ::-1].tolist()
 
 
+def test_linked_folders_are_read_once_and_round_in_no_circle(tmp_path):
+    here, there = write(tmp_path / "all" / "cats", 9), write(tmp_path / "elsewhere" / "deeper", 6)
+    (tmp_path / "all" / "dogs").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "all" / "dogs again").symlink_to(tmp_path / "elsewhere" / "deeper")
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "all")
+    data = build(tmp_path / "all")
+    read = torch.cat([data.splits[split].index_select(0, torch.arange(num)) for split, num in data.sizes.items()])
+    assert as_set(read) == as_set(torch.cat([here, there]))
+
+
+def test_a_link_whose_file_is_gone_is_named(tmp_path):
+    write(tmp_path, 9)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UnreadablePictureError, match=r"gone.png cannot be read; repair it or take it away"):
+        build(tmp_path, max_memory_gb=0)
+
+
 def test_a_folder_that_is_called_like_a_picture_is_none(tmp_path):
     write(tmp_path / "train" / "cats.png", 8)
     write(tmp_path / "val", 1)

@@ -68,3 +68,26 @@ def test_a_file_that_a_spreadsheet_has_marked_as_utf_8_is_continued(tmp_path):
     path.write_text("step,train/loss\r\n1,0.5\r\n", encoding="utf-8-sig")
     MetricsCSV(str(path), 4).log_metrics({"train/loss": 0.25}, step=4)
     assert [row["step"] for row in read(path)] == ["1", "4"]
+
+
+def test_a_validation_whose_checkpoint_was_not_written_any_more_stands_once(tmp_path):
+    path = tmp_path / "metrics.csv"
+    killed = MetricsCSV(str(path), 0)
+    for step in range(4):
+        killed.log_metrics({"train/loss": 1.0, "images_seen": 10 * step + 10}, step=step)
+        killed.log_metrics({"val/bpd": 2.0 + step, "images_seen": 10.0 * step + 10}, step=step)
+    again = MetricsCSV(str(path), 3)  # the last checkpoint is of three steps
+    again.log_metrics({"train/loss": 1.0, "images_seen": 40}, step=3)
+    again.log_metrics({"val/bpd": 5.0, "images_seen": 40.0}, step=3)
+    assert [(row["step"], row["val/bpd"]) for row in read(path)] == [
+        (str(step), figure) for step in range(4) for figure in ("", str(2.0 + step))
+    ]
+
+
+def test_a_validation_within_an_accumulated_step_stays(tmp_path):
+    path = tmp_path / "metrics.csv"
+    MetricsCSV(str(path), 0).log_metrics({"val/bpd": 2.0, "images_seen": 35.0}, step=3)
+    again = MetricsCSV(str(path), 3)
+    again.log_metrics({"train/loss": 1.0, "images_seen": 40}, step=3)
+    again.log_metrics({"val/bpd": 5.0, "images_seen": 40.0}, step=3)
+    assert [row["val/bpd"] for row in read(path)] == ["2.0", "", "5.0"]

@@ -1,5 +1,6 @@
 """A run directory belongs to one process at a time, however that one ends."""
 
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import flag_override
+from omegaconf import OmegaConf, flag_override
 
 from runs import directory as directories
 from runs.build import SettingError
@@ -161,3 +162,18 @@ def test_a_config_that_no_run_wrote_is_left_alone(text, tmp_path):
 def test_what_is_not_finite_becomes_null(tmp_path):
     write_json(tmp_path / "a.json", {"x": [math.inf, -math.inf, math.nan, 1.5], "y": {"z": (math.inf,)}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, None, None, 1.5], "y": {"z": [None]}}
+
+
+def test_a_disk_that_is_full_when_the_config_is_written_keeps_nobody_from_beginning_again(tmp_path, monkeypatch):
+    def half(config, path):
+        Path(path).write_text("model:")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    settings = ("model=vae", "logger=csv", "trainer.max_epochs=1", "callbacks.pictures=null")
+    with monkeypatch.context() as full:
+        full.setattr(OmegaConf, "save", half)
+        with pytest.raises(OSError, match="No space left") as met:
+            run_here(tmp_path, *settings)
+    assert met.value.filename == str(tmp_path / "run" / CONFIG)
+    run_here(tmp_path, *settings, "ckpt=auto")
+    assert result(tmp_path / "run")["step"] == 11

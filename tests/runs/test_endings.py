@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import Pictures
 from runs.resuming import resume_command
+from runs.testing import end_by_sigterm
 from tests.jobs import QUICK, ROOT, SMALL_DDPM, begin, command, configure, result, run_here
 
 
@@ -127,3 +129,8 @@ def test_figures_come_before_pictures_which_a_signal_cuts_short(number, kind, tm
     assert f"{seen[0]:.4f}" in output[: output.index("drawing pictures")]
     assert "interrupted while pictures were drawn; the result stands" in output
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_sigterm_of_the_last_test_batch_draws_no_pictures():
+    with pytest.raises(SIGTERMException):
+        end_by_sigterm(SimpleNamespace(received_sigterm=True))
