@@ -23,6 +23,7 @@ REACH_SECONDS = 3.0  # for a connection, before wandb is asked at all
 INIT_SECONDS = 20.0  # wandb itself would try for 100 s and then end the run
 FINISH_SECONDS = 60.0  # for uploads at the end; by default a server that died keeps the run from ending
 STEP = "trainer/global_step"  # Lightning's name for the optimiser step
+BEST = {"val/bpd": "min", "test/bpd": "min", "val/elbo": "max", "test/elbo": "max"}  # the summary; continuous data has no bpd
 
 
 def choose_mode(mode: str | None) -> tuple[str, str]:
@@ -100,7 +101,6 @@ def wandb_logger(
     entity: str | None = None,
     mode: str | None = None,
     config: dict[str, Any] | None = None,
-    headline: Sequence[str] = ("val/bpd", "test/bpd"),
     id_file: str | None = None,
 ) -> WandbLogger:
     """Starts a W&B run and says in one line where it goes.
@@ -115,7 +115,6 @@ def wandb_logger(
         entity: W&B user or team.
         mode: online, offline, disabled or shared; by default see :func:`choose_mode`.
         config: the run's resolved config, sent at the start.
-        headline: metrics whose best value is the summary.
         id_file: holds the run's id, so that a run that goes on goes on in W&B too; written if it is not there.
 
     Raises:
@@ -135,8 +134,8 @@ def wandb_logger(
         _forget_server()  # whatever wandb raises: a logger ends no run
         mode, why = "offline", f"{why}, but {_server().netloc} started no run: {_brief(error)}"
         logger = _start(mode, **common)
-    for metric in headline:
-        logger.experiment.define_metric(metric, step_metric=STEP, summary="min")
+    for metric, best in BEST.items():
+        logger.experiment.define_metric(metric, step_metric=STEP, summary=best)
     # every row holds it, so that a dashboard may take it as its x axis instead
     logger.experiment.define_metric("images_seen", step_metric=STEP, summary="max")
     later = f"; upload later with: wandb sync {shlex.quote(save_dir)}/wandb/offline-run-*" if mode == "offline" else ""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_modules import VAELightningModule
+from loggers.wandb_run import BEST
 from tests.jobs import run_here
 from tests.wandb_file import read, values
 
@@ -27,8 +28,9 @@ def test_a_run_is_named_grouped_and_configured_from_its_choices(tmp_path):
     assert run.run_id == (tmp_path / "run" / "wandb_id").read_text()
     metrics = {metric.name or metric.glob_name: metric for metric in found["metric"]}
     assert all(metrics[name].summary.min for name in ("val/bpd", "test/bpd"))
+    assert all(metrics[name].summary.max for name in ("val/elbo", "test/elbo"))
     # drawn over optimiser steps; over images seen where a dashboard asks for it
-    assert {metrics[name].step_metric for name in ("*", "val/bpd", "test/bpd", "images_seen")} == {"trainer/global_step"}
+    assert {metrics[name].step_metric for name in ("*", *BEST, "images_seen")} == {"trainer/global_step"}
     history = [values(record.item) for record in found["history"]]
     keys = {key for row in history for key in row}
     assert {f"{stage}/{term}" for stage in ("train", "val", "test") for term in ("bpd", "reconstruction", "prior")} <= keys
