@@ -23,6 +23,7 @@ from datamodules.base import ImageDataModule
 from lightning_modules import LikelihoodModule
 from loggers import finish_wandb
 from runs.build import build_part, plain
+from runs.commands import CONF
 from runs.data import load_data
 from runs.job import build_loggers, build_trainer, fit
 from runs.speech import quiet_libraries
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 
 def configure(directory: Path, *overrides: str) -> DictConfig:
     """Composes a job as ``train.py`` would, its run directory below ``directory``."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [f"paths.output_dir={directory}", *overrides], return_hydra_config=True)
     run_directory = directory / "run"
     run_directory.mkdir(parents=True, exist_ok=True)

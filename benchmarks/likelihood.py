@@ -152,10 +152,7 @@ def main() -> None:
     settings = parser.parse_args()
     splits = digits()
     if settings.run:
-        saved = SavedRun.open(settings.run)
-        model = saved.model()
-        saved.load(model, next(iter(saved.weights)))
-        models = {f"the run {Path(settings.run).name}": model.eval()}
+        models = {f"the run {Path(settings.run).name}": SavedRun.open(settings.run).trained()}
     else:
         trained = partial(trained_digits, 1000, splits["train"], steps=settings.steps)
         models = {

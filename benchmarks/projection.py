@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.pages import bullet
+from benchmarks.record import PAGES
 from benchmarks.roofline import FAST, GPUS, SLOW, Assumed, Counted, Times, evaluate, project, traffic
 
 STEPS = 800_000
@@ -244,7 +245,7 @@ def _epochs(recipe: Counted) -> float:
 def main() -> None:
     """Counts, projects and writes the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.projection", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of projection.md")
+    parser.add_argument("--out", type=Path, default=PAGES, help="folder of projection.md")
     settings = parser.parse_args()
     text = page()
     settings.out.mkdir(parents=True, exist_ok=True)

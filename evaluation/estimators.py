@@ -18,8 +18,8 @@ from diffusion.step_profile import proposal_from, uniform_proposal
 from evaluation.profile import StepMoments
 from evaluation.rows import LEAST_REPLICATES
 from lightning_modules import DDPMLightningModule, LikelihoodModule
+from lightning_modules.ddpm import check_calls
 from losses import Elbo
-from losses.checks import is_whole
 
 MEASURED_SHARE = 0.03  # of the proposal: its profile is measured, not learned on the way, so it needs little insurance
 PILOT_CALLS = 9  # for each image, to learn how the noise of t = 1 compares with that of the steps above
@@ -92,13 +92,6 @@ class Full(Estimator):
         return Prepared(model.elbo, model.num_steps, f"every step of {model.num_steps}, one noise draw each")
 
 
-def _check_calls(name: str, calls: int | None) -> None:
-    if not is_whole(calls, 2):
-        raise ValueError(
-            f"evaluation.calls={calls!r} with evaluation={name} must be an integer of at least 2: one for t = 1, the rest above"
-        )
-
-
 def _drawn(calls: int) -> str:
     return f"t = 1, and {calls - 1} step{'s' * (calls > 2)} an image drawn"
 
@@ -115,7 +108,7 @@ class Stratified(Estimator):
     name = "stratified"
 
     def __post_init__(self) -> None:
-        _check_calls(self.name, self.calls)
+        check_calls(f"evaluation.calls={self.calls!r} with evaluation={self.name}", self.calls)
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""
@@ -143,7 +136,7 @@ class Importance(Estimator):
 
     def __post_init__(self) -> None:
         if self.calls is not None:
-            _check_calls(self.name, self.calls)
+            check_calls(f"evaluation.calls={self.calls!r} with evaluation={self.name}", self.calls)
 
     def prepare(self, model: LikelihoodModule, moments: StepMoments | None, pilot: Pilot) -> Prepared:
         """See :meth:`Estimator.prepare`."""

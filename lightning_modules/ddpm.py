@@ -49,6 +49,16 @@ def steps_per_call(x0: Tensor) -> int:
     return max(1, min(rows, numbers // x0.shape[1:].numel()) // max(1, global_batch(len(x0))))
 
 
+def check_calls(setting: str, calls: object, otherwise: str = "") -> None:
+    """Refuses a number of network calls for each image that leaves none for t = 1, or none above.
+
+    Raises:
+        ValueError: naming ``setting``, and what else may be given.
+    """
+    if not is_whole(calls, 2):
+        raise ValueError(f"{setting} must be an integer of at least 2, one for t = 1 and the rest above it{otherwise}")
+
+
 class DDPMLightningModule(LikelihoodModule):
     """A denoising diffusion model of T steps.
 
@@ -82,11 +92,8 @@ class DDPMLightningModule(LikelihoodModule):
     ) -> None:
         super().__init__(**settings)
         for stage, calls in (("val", val_calls), ("test", test_calls)):
-            if calls is not None and not is_whole(calls, 2):
-                raise ValueError(
-                    f"model.{stage}_calls={calls} must be an integer of at least 2 (one for t = 1, the rest above it), or null "
-                    "for all steps"
-                )
+            if calls is not None:
+                check_calls(f"model.{stage}_calls={calls!r}", calls, "; null is for all steps")
         self.likelihood = parameterization.likelihood(self.levels)
         self.process = GaussianDiffusion(schedule(num_steps), variance)
         if self.process.num_steps != num_steps:
@@ -121,10 +128,8 @@ class DDPMLightningModule(LikelihoodModule):
             ValueError: if ``calls`` leaves none for t > 1.
         """
         x0 = self.to_unit(x)
-        if calls is not None and not is_whole(calls, 2):
-            raise ValueError(
-                f"calls={calls} must be an integer of at least 2 (one for t = 1, the rest above it), or None for all steps"
-            )
+        if calls is not None:
+            check_calls(f"calls={calls!r}", calls, "; None is for all steps")
         if calls is None or calls >= self.num_steps:
             matching, control = self._every_step_kl(x0).sum(0), None
         else:

@@ -46,13 +46,13 @@ class Likelihood(Protocol):
     params_per_channel: int
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        """Returns ln P(x) in nats per image: params (B, P·C, H, W), x uint8 (B, C, H, W) -> (B,)."""
+        """Returns ln P(x) in nats per image: params (B, P·C, H, W), x (B, C, H, W), uint8 where there are levels -> (B,)."""
 
     def mean(self, params: Tensor) -> Tensor:
-        """Returns the level nearest to the mean of each pixel: uint8 (B, C, H, W)."""
+        """Returns the mean of each pixel, where there are levels the one nearest to it as uint8: (B, C, H, W)."""
 
     def sample(self, params: Tensor) -> Tensor:
-        """Draws an image: uint8 (B, C, H, W)."""
+        """Draws an image: (B, C, H, W), uint8 where there are levels."""
 
 
 def check_levels(levels: int | None) -> None:
