@@ -162,7 +162,7 @@ class LikelihoodModule(LightningModule, ABC):
 
     @abstractmethod
     def sample(self, num: int, mean: bool = False) -> Tensor:
-        """Draws from the model: (num, C, H, W), as images are. With ``mean``, the last step shows p(x | z_1)'s mean, not a draw."""
+        """Draws from the model: (num, C, H, W), as images are. With ``mean``, the last step shows p(x|z_1)'s mean, no draw."""
 
     @abstractmethod
     def latent_kls(self, x: Tensor) -> Tensor:
