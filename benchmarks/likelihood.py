@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.record import add_out, write_page
 from benchmarks.small_models import digits, trained_digits
 from diffusion import Epsilon, linear, log_snr_linear
+from diffusion.control import level_counts
 from diffusion.step_profile import proposal_from, uniform_proposal
 from evaluation.estimators import MEASURED_SHARE
 from evaluation.profile import measure_steps
@@ -99,7 +100,8 @@ def study(model: DDPMLightningModule, images: Tensor, replicates: int) -> tuple[
     """Measures every estimator on the same images, the loop first; and what importance takes before it begins."""
     fabric = Fabric(accelerator="cpu", devices=1)
     start = time.perf_counter()
-    moments = measure_steps(model, Rows.of_split(images, 32, 1, 0, "profile"), fabric, 256)
+    counts = level_counts(images, model.levels)
+    moments = measure_steps(model, Rows.of_split(images, 32, 1, 0, "profile"), counts, fabric, 256)
     moments.control.totals(images[:1])
     before = Preparation(moments.calls, time.perf_counter() - start, len(images))
     plain = proposal_from(moments.root_mean_squares, MEASURED_SHARE)

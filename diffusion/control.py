@@ -30,10 +30,16 @@ LEAST = 40.0  # e^-40 is left out of a sum of probabilities
 STEP, LEAST_STEP = 0.15, 0.015  # of the trapezium rule, as long as the second denoiser bends no faster than the noise
 
 
-def level_frequencies(images: Tensor, levels: int) -> Tensor:
-    """Returns how often each level occurs, (L,) float64, with half a count more for each so that none is impossible."""
-    counts = torch.bincount(images.flatten().long().cpu(), minlength=levels).double() + 0.5
-    return counts / counts.sum()
+def level_counts(images: Tensor, levels: int) -> Tensor:
+    """Returns how many pixels of each image have each level: (N, C, H, W) -> (N, L) float64."""
+    places = images.cpu().long().flatten(1) + levels * torch.arange(len(images)).unsqueeze(1)
+    return torch.bincount(places.flatten(), minlength=len(images) * levels).view(len(images), levels).double()
+
+
+def level_frequencies(counts: Tensor) -> Tensor:
+    """Returns how often each level occurs, (N, L) -> (L,), with half a pixel more of each so that none is impossible."""
+    total = counts.sum(0) + 0.5
+    return total / total.sum()
 
 
 class Control:
@@ -77,12 +83,17 @@ class Control:
         params = self.lattice.likelihood_params(self._output(x_1), x_1, self.process, clip=False)
         return -self.lattice.categorical.log_prob(params, x)
 
-    def first_variance(self, x: Tensor) -> Tensor:
-        """Returns the variance of c_1 over x_1, given images x (B, C, H, W): (B,) float64, nats squared."""
-        if self.lattice is None:
-            return x.new_zeros(len(x), dtype=torch.float64)
-        surprise, _, square = self._pixel(1)
-        return sum_except_batch((square - surprise.square()).clamp(min=0)[x.long()])
+    def first_variance(self, counts: Tensor) -> Tensor:
+        """Returns the variance of c_1 over x_1, of images with these pixels of each level: (N, L) -> (N,), nats squared."""
+        surprise, square, _, _ = self._pixel(1)
+        return counts.to(surprise) @ (square - surprise.square()).clamp(min=0)
+
+    def second_moment(self, t: int, counts: Tensor) -> float:
+        """Returns E[c_t²] of the second denoiser, b_t left out, over x_t and images with these pixels of each level: (N, L)."""
+        _, _, error, square = self._pixel(t)
+        counts = counts.to(error)
+        variances = counts @ (square - error.square()).clamp(min=0)
+        return float(self.weights[t].square() * ((counts @ error).square() + variances).mean())
 
     def step(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Returns b_t c_t, summed over the denoisers: (B,), nats."""
@@ -111,15 +122,15 @@ class Control:
         if self.lattice is None:
             return first, steps
         for t in (self.factors[1:, 1].nonzero().flatten() + 1).tolist():
-            surprise, error, _ = self._pixel(t)
+            surprise, _, error, _ = self._pixel(t)
             if t == 1:
                 first = self.factors[1, 1] * surprise
             else:
                 steps += self.factors[t, 1] * self.weights[t] * error
         return first, steps
 
-    def _pixel(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns E[-ln P_π(ℓ | x_t)], E[(ℓ - x̂)²] and E[ln² P_π(ℓ | x_t)] over x_t from each level ℓ: (L,) float64 each.
+    def _pixel(self, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns first and second moments of -ln P_π(ℓ | x_t), then of (ℓ - x̂)², over x_t from each level ℓ: (L,) float64.
 
         Either all levels share the nodes x_t, or each has its own, where only the levels near it can be meant: the first takes
         many nodes where the noise is small, the second many levels where it is large.
@@ -138,14 +149,14 @@ class Control:
             exponent = -0.5 * (shared[:, None] - gap * every).square()  # (nodes, L)
             density = exponent.softmax(0)
             log_p = (log_pi + exponent).log_softmax(1)
-            error = unit * (every - (log_p.exp() @ every)[:, None])
-            return -(density * log_p).sum(0), (density * error.square()).sum(0), (density * log_p.square()).sum(0)
+            error = (unit * (every - (log_p.exp() @ every)[:, None])).square()
+            return tuple((density * cost).sum(0) for cost in (-log_p, log_p.square(), error, error.square()))
         density = (-0.5 * own.square()).softmax(0)
         offset = torch.arange(-reach, reach + 1).to(log_pi)
         around = F.pad(log_pi, (reach, reach), value=-math.inf).unfold(0, len(offset), 1)  # (L, 2 reach + 1)
         log_p = (around[:, None] - 0.5 * (own[:, None] - gap * offset).square()).log_softmax(2)
-        own_log_p = log_p[..., reach]
-        return -(own_log_p @ density), (unit * (log_p.exp() @ offset)).square() @ density, own_log_p.square() @ density
+        own_log_p, error = log_p[..., reach], (unit * (log_p.exp() @ offset)).square()
+        return tuple(cost @ density for cost in (-own_log_p, own_log_p.square(), error, error.square()))
 
     def _nodes(self, half: float, step: float) -> Tensor:
         """Returns places from -half to half, in standard deviations, no further than ``step`` apart: float64."""

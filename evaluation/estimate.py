@@ -64,13 +64,28 @@ class Trial:
         """Returns the terms on the pilot's rows: (n, 2, 3), nats."""
         rows = self.setting.rows(2, "pilot", PILOT_IMAGES)
         self.calls += len(rows) * calls
-        return self.setting.gather(rows, lambda x: estimate(x).terms().T, 3)[0]
+        terms = self.setting.gather(rows, lambda x: estimate(x).terms().T, 3)[0]
+        _refuse_infinite(_bounds(terms), "a pilot")
+        return terms
 
     def replicates(self, prepared: Prepared) -> int:
         """Returns how many estimates of each image give the wished precision: at least 2."""
         terms = self.terms(prepared.estimate, prepared.calls)
-        variance = (terms[..., 0] - terms[..., 1] - terms[..., 2]).var(1).mean().item()
+        variance = _bounds(terms).var(1).mean().item()
         return min(max(LEAST_REPLICATES, math.ceil(variance / self.wished_variance)), MOST_REPLICATES)
+
+
+def _bounds(terms: Tensor) -> Tensor:
+    """The bound from its terms: (N, R, 3) -> (N, R)."""
+    return terms @ torch.tensor([*SIGNS.values()], dtype=terms.dtype)
+
+
+def _refuse_infinite(values: Tensor, by: str) -> None:
+    if not values.isfinite().all():
+        raise SettingError(
+            f"the bound is {values.mean()}: {(~values.isfinite()).any(1).sum()} of {len(values)} images have no finite "
+            f"estimate by {by}; try another evaluation=, or another checkpoint"
+        )
 
 
 def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
@@ -85,8 +100,13 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
     trial = Trial(setting)
     moments = None
     if isinstance(model, DDPMLightningModule) and model.num_steps > 1:
-        moments = measure_steps(model, setting.rows(1, "profile", PROFILE_IMAGES), setting.fabric, cfg.batch_size)
+        num = len(setting.rows(1, "profile", PROFILE_IMAGES).order)
+        rows = setting.rows(math.ceil(PROFILE_IMAGES / num), "profile", PROFILE_IMAGES)
+        moments = measure_steps(model, rows, setting.level_counts(), setting.fabric, cfg.batch_size)
         trial.calls += moments.calls
+        if not moments.means.isfinite().all():
+            t = 2 + int((~moments.means.isfinite()).nonzero()[0])
+            raise SettingError(f"the bound is not finite: KL_t is {moments.means[t - 2]} near t={t}; try another checkpoint")
     prepared = estimator.prepare(model, moments, trial)
     replicates = cfg.replicates or LEAST_REPLICATES
     if cfg.replicates is None and prepared.calls <= MOST_CALLS:  # a pilot of hundreds of steps would cost too much
@@ -100,14 +120,10 @@ def estimate_bound(setting: Setting, estimator: Estimator) -> Bound:
         if finished.sum() < 2:
             raise SettingError("interrupted before two images were finished: nothing to report")
         terms, groups, order, replicates = terms[finished], groups[finished], order[finished], terms.shape[1]
-    values = terms @ torch.tensor([*SIGNS.values()], dtype=terms.dtype)
+    values = _bounds(terms)
     figures = {name: figure(terms[..., i], groups) for i, name in enumerate(SIGNS)}
     figures["elbo"] = figure(values, groups)
-    if not math.isfinite(figures["elbo"].mean):
-        raise SettingError(
-            f"the bound is {figures['elbo'].mean}: {(~values.isfinite()).any(1).sum()} of {len(values)} images have no finite "
-            f"estimate by {prepared.description}; try another evaluation=, or another checkpoint"
-        )
+    _refuse_infinite(values, prepared.description)
     over = nats_to_bits_per_dim(figures["elbo"].se_noise, model.num_dims) / cfg.precision
     enough = math.ceil(replicates * over**2) if cfg.replicates is None and over > 1 else None
     return Bound(figures, values, order, prepared, replicates, enough, moments, trial.calls, finished is not None)

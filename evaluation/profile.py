@@ -31,7 +31,8 @@ class StepMoments:
         control: the control variates, with their factors.
         errors: E‖x_0 - x̂_0(x_t, t)‖²/D, (T - 1,), in [-1, 1] units squared.
         prior: E[KL(q(x_T|x_0) ‖ p(x_T))], nats.
-        num_images: images measured on.
+        num_images: images measured on, some of them more than once where there are few.
+        num_rows: how often all the steps were measured.
         num_steps: steps measured; the others are interpolated.
     """
 
@@ -42,12 +43,13 @@ class StepMoments:
     errors: Tensor
     prior: float
     num_images: int
+    num_rows: int
     num_steps: int
 
     @property
     def calls(self) -> int:
         """Network calls that this took, over all images."""
-        return self.num_images * (self.num_steps + FIRST_DRAWS)
+        return self.num_rows * (self.num_steps + FIRST_DRAWS)
 
 
 def rate_and_distortion(moments: StepMoments, num_dims: int, levels: int) -> tuple[Tensor, Tensor]:
@@ -60,20 +62,23 @@ def rate_and_distortion(moments: StepMoments, num_dims: int, levels: int) -> tup
     return nats_to_bits_per_dim(above, num_dims), moments.errors.sqrt() * (levels - 1) / 2
 
 
-def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_size: int) -> StepMoments:
-    """Measures at :data:`STEPS` steps at most: one row for each image, all its steps in it.
+def measure_steps(
+    model: DDPMLightningModule, rows: Rows, counts: Tensor | None, fabric: Fabric, batch_size: int
+) -> StepMoments:
+    """Measures at :data:`STEPS` steps at most, all of them in each row.
 
     Args:
         model: of T ≥ 2 steps.
-        rows: one replicate of each image.
+        rows: of a few images.
+        counts: pixels of each level in each image that is to be evaluated, (N, L); ``None`` for continuous data. How much a
+            cheap cost varies is known from them: the few images may lack the one that it is large for.
         fabric: where.
         batch_size: network rows at once.
     """
     last = model.num_steps
     spread = torch.logspace(math.log10(2), math.log10(last), STEPS, dtype=torch.float64).round().long()
     steps = spread.clamp(2, last).unique()
-    images = rows.images.index_select(0, rows.order)
-    frequencies = None if model.levels is None else level_frequencies(images, model.levels)
+    frequencies = None if counts is None else level_frequencies(counts)
     control = Control(model.process, frequencies, torch.ones(last + 1, DENOISERS))
 
     def moments(x: Tensor) -> Tensor:
@@ -89,42 +94,63 @@ def measure_steps(model: DDPMLightningModule, rows: Rows, fabric: Fabric, batch_
 
     sizes = [1, FIRST_DRAWS, FIRST_DRAWS, (2 + DENOISERS) * len(steps)]  # of the columns
     values, _ = gather(rows, moments, sum(sizes), fabric, max(1, batch_size // len(steps)))
-    prior, costs, cheap_costs, rest = values[:, 0].split(sizes, 1)
+    prior, costs, cheap_costs, rest = values.flatten(0, 1).split(sizes, 1)
     kls, errors, *cheap = rest.unflatten(1, (len(steps), -1)).unbind(2)
     cheap = torch.stack(cheap, 2)  # (n, S, 2)
     every = torch.arange(2, last + 1)
-    factors = torch.stack([_factors(kls[:, i], cheap[:, i]) for i in range(len(steps))])
+    exact = [0.0 if counts is None else control.second_moment(t, counts) for t in steps.tolist()]
+    found = [_factors(kls[:, i], cheap[:, i], exact[i]) for i in range(len(steps))]
+    factors, left = (torch.stack(parts) for parts in zip(*found, strict=True))
     every_factor = torch.zeros(last + 1, DENOISERS, dtype=torch.float64)
     every_factor[2:] = torch.stack([_between(steps, factors[:, i], every, logarithms=False) for i in range(DENOISERS)], 1)
-    every_factor[1, 1] = _slope(costs, cheap_costs, control.first_variance(images).mean().item())
-    residuals = kls - (factors * cheap).sum(2)
+    if counts is not None:
+        every_factor[1, 1] = _slope(costs, cheap_costs, control.first_variance(counts).mean().item())
     return StepMoments(
         means=_between(steps, kls.mean(0), every),
         root_mean_squares=_between(steps, kls.square().mean(0).sqrt(), every),
-        residuals=_between(steps, residuals.square().mean(0).sqrt(), every),
+        residuals=_between(steps, left.sqrt(), every),
         control=Control(model.process, frequencies, every_factor),
         errors=_between(steps, errors.mean(0), every),
         prior=prior.mean().item(),
-        num_images=len(values),
+        num_images=len(rows.order),
+        num_rows=len(rows),
         num_steps=len(steps),
     )
 
 
-def _factors(kls: Tensor, cheap: Tensor) -> Tensor:
-    """Returns the b ≥ 0 that leave least of E[(KL - b · c)²], what drawing t by importance pays for: (n,), (n, 2) -> (2,).
+def _factors(kls: Tensor, cheap: Tensor, exact: float) -> tuple[Tensor, Tensor]:
+    """Returns the b ≥ 0 that leave least of E[(KL - b · c)²], what drawing t by importance pays for, and what they leave.
 
-    A cheap cost that is carried by a few of the n draws has moments that these draws do not show, and is left out.
+    A cheap cost that is carried by a few of the n draws has moments that these draws do not show, and is left out. What they
+    lack of the second one's exact E[c²], ``exact``, is added as one more draw, of KL 0: so b² E[c²] is never above E[KL²].
+
+    Args:
+        kls: (n,).
+        cheap: (n, 2).
+        exact: E[c²] of the second.
+
+    Returns:
+        (2,), ().
     """
-    power = cheap.square()
+    num, power = len(kls), cheap.square()
     effective = power.sum(0).square() / power.square().sum(0).clamp(min=1e-300)
-    usable = [i for i in range(cheap.shape[1]) if effective[i] >= LEAST_EFFECTIVE * len(kls)]
-    best, least = torch.zeros(cheap.shape[1], dtype=cheap.dtype), kls.square().mean() * WORTHWHILE
+    usable = [i for i in range(cheap.shape[1]) if effective[i] >= LEAST_EFFECTIVE * num]
+    best, least = torch.zeros(cheap.shape[1], dtype=cheap.dtype), kls.square().mean()
+    if not kls.isfinite().all():
+        return best, least
+    unseen = (num * exact - power[:, 1].sum()).clamp(min=0).sqrt()
+    kls = torch.cat([kls, kls.new_zeros(1)])
+    cheap = torch.cat([cheap, torch.stack([torch.zeros_like(unseen), unseen]).unsqueeze(0)])
+    wanted = least * WORTHWHILE
     for chosen in ([i] for i in usable) if len(usable) < 2 else ([0], [1], [0, 1]):
+        if not cheap[:, chosen].isfinite().all():
+            continue
         solution = torch.linalg.lstsq(cheap[:, chosen], kls[:, None]).solution[:, 0]
-        left = (kls - cheap[:, chosen] @ solution).square().mean()
-        if solution.isfinite().all() and (solution >= 0).all() and left < least:
+        left = (kls - cheap[:, chosen] @ solution).square().sum() / num
+        if solution.isfinite().all() and (solution >= 0).all() and left < wanted:
             best, least = torch.zeros_like(best).index_copy(0, torch.tensor(chosen), solution), left
-    return best
+            wanted = left
+    return best, least
 
 
 def _slope(costs: Tensor, cheap: Tensor, variance: float) -> float:

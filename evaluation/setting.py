@@ -6,16 +6,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
 from datamodules import ImageDataModule
 from datamodules.base import Images
+from diffusion.control import level_counts
 from evaluation.progress import progress
 from evaluation.rows import Rows, gather
 from lightning_modules import LikelihoodModule
 from runs.build import SettingError
+
+COUNTED = 50_000  # images: what one of them has in a pixel of each level is 2 kB
 
 
 class SplitImages:
@@ -65,6 +69,13 @@ class Setting:
         """Returns rows of the evaluation's images, or of the first ``num`` of them."""
         limit = min(len(self.images), self.cfg.max_images or len(self.images), num or len(self.images))
         return Rows.of_split(self.images, limit, replicates, self.cfg.seed, purpose)
+
+    def level_counts(self) -> Tensor | None:
+        """Returns how many pixels of each image have each level, of :data:`COUNTED` images at most: (N, L)."""
+        if self.images.levels is None:
+            return None
+        parts = self.rows(1, "bound", COUNTED).order.split(1024)
+        return torch.cat([level_counts(self.images.index_select(0, part), self.images.levels) for part in parts])
 
     def gather(
         self,

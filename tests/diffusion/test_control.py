@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion.control
 from diffusion import GaussianDiffusion, constant, cosine, linear, log_snr_linear
-from diffusion.control import DENOISERS, Control, level_frequencies
+from diffusion.control import DENOISERS, Control, level_counts, level_frequencies
 from losses import to_unit
 
 SCHEDULES = {"linear": linear, "log_snr_linear": log_snr_linear, "cosine": cosine}
@@ -89,7 +89,7 @@ def test_costs_average_to_their_totals(denoiser):
     x = torch.randint(0, 17, (1, 3, 4, 4)).to(torch.uint8)
     x0 = to_unit(x, 17).expand(40_000, -1, -1, -1)
     for t in (2, 7, 20):
-        control = Control(process, level_frequencies(x, 17), only(process, t, denoiser))
+        control = Control(process, level_frequencies(level_counts(x, 17)), only(process, t, denoiser))
         steps = torch.full((40_000,), t)
         costs = control.step(x0, process.marginal(x0, steps).sample(), steps).double()
         assert abs(costs.mean() - control.totals(x)[1].item()) < 4.5 * costs.std() / 200
@@ -101,7 +101,7 @@ def test_costs_are_finite_where_next_to_nothing_of_the_signal_is_left(beta):
     x = torch.randint(0, 17, (1, 1, 4, 4)).to(torch.uint8)
     x0 = to_unit(x, 17).expand(20_000, -1, -1, -1)
     steps = torch.full((20_000,), 1000)
-    control = Control(process, level_frequencies(x, 17), only(process, 1000, 0))
+    control = Control(process, level_frequencies(level_counts(x, 17)), only(process, 1000, 0))
     costs = control.step(x0, process.marginal(x0, steps).sample(), steps).double()
     assert costs.isfinite().all()
     assert abs(costs.mean() - control.totals(x)[1].item()) < 4.5 * costs.std() / math.sqrt(20_000)
@@ -120,7 +120,7 @@ def test_continuous_data_has_the_first_denoiser_alone():
 
 
 def test_no_level_is_impossible():
-    found = level_frequencies(torch.zeros(2, 1, 3, 3, dtype=torch.uint8), 5)
+    found = level_frequencies(level_counts(torch.zeros(2, 1, 3, 3, dtype=torch.uint8), 5))
     assert found.tolist() == pytest.approx([18.5 / 20.5] + 4 * [0.5 / 20.5])
 
 
@@ -131,7 +131,7 @@ def test_nodes_of_each_level_against_adaptive_quadrature(noise, level):
     process = GaussianDiffusion(torch.tensor([noise**2, 0.5], dtype=torch.float64))
     frequencies = torch.rand(256, dtype=torch.float64) + 0.05
     frequencies /= frequencies.sum()
-    surprise, error, square = Control(process, frequencies, only(process, 1, 1))._pixel(1)
+    surprise, surprise_square, error, error_square = Control(process, frequencies, only(process, 1, 1))._pixel(1)
     place = to_unit(torch.arange(256), 256, torch.float64)
     signal, std = process.sqrt_alpha_bar[1].item(), process.noise_std[1].item()
 
@@ -145,9 +145,11 @@ def test_nodes_of_each_level_against_adaptive_quadrature(noise, level):
         return quad(weighed, -8.5, 8.5, limit=400, epsabs=1e-11)[0]
 
     assert surprise[level].item() == pytest.approx(mean(lambda p: -p[level].item()), rel=1e-8, abs=1e-10)
-    assert square[level].item() == pytest.approx(mean(lambda p: p[level].item() ** 2), rel=1e-8, abs=1e-10)
+    assert surprise_square[level].item() == pytest.approx(mean(lambda p: p[level].item() ** 2), rel=1e-8, abs=1e-10)
     expected = mean(lambda p: (place[level] - (p.exp() * place).sum()).item() ** 2)
     assert error[level].item() == pytest.approx(expected, rel=1e-8, abs=1e-12)
+    expected = mean(lambda p: 1e8 * (place[level] - (p.exp() * place).sum()).item() ** 4)  # above what quad looks at
+    assert 1e8 * error_square[level].item() == pytest.approx(expected, rel=1e-8, abs=1e-10)
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
@@ -161,7 +163,22 @@ def test_the_first_costs_mean_and_variance_are_those_of_draws(levels, gap):
     many = images.repeat_interleave(20_000, 0)
     x_1 = process.marginal(to_unit(many, levels, torch.float64), 1).sample()
     costs = control.first_cost(many, x_1).view(4, -1)
-    mean, variance = control.totals(images)[0], control.first_variance(images)
+    mean, variance = control.totals(images)[0], control.first_variance(level_counts(images, levels))
     assert ((costs.mean(1) - mean).abs() < 5 * (variance / 20_000).sqrt()).all()
     spread = (costs - mean[:, None]).square()
     assert ((spread.mean(1) - variance).abs() < 5 * spread.std(1) / math.sqrt(20_000)).all()
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_the_second_denoisers_second_moment_is_that_of_draws(levels):
+    process = GaussianDiffusion(log_snr_linear(10))
+    images = torch.randint(levels, (3, 1, 2, 2), dtype=torch.uint8)
+    images[0] = images[0, 0, 0, 0]
+    counts = level_counts(images, levels)
+    assert counts.sum(1).tolist() == [4, 4, 4]
+    control = Control(process, level_frequencies(counts), torch.ones(11, DENOISERS))
+    x0 = to_unit(images.repeat_interleave(20_000, 0), levels, torch.float64)
+    for t in (3, 6, 10):
+        steps = torch.full((len(x0),), t)
+        squares = control.costs(x0, process.marginal(x0, steps).sample(), steps)[:, 1].square()
+        assert abs(squares.mean() - control.second_moment(t, counts)) < 5 * squares.std() / math.sqrt(len(x0))

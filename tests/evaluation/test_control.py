@@ -4,15 +4,20 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from diffusion import Epsilon, Lattice
-from diffusion.control import Control
+from diffusion import Epsilon, Lattice, log_snr_linear
+from diffusion.control import Control, level_counts
+from evaluation.estimate import estimate_bound
+from evaluation.estimators import Default, Full, Stratified
 from evaluation.profile import measure_steps
+from evaluation.setting import Setting, SplitImages
+from runs.build import SettingError
 from tests.diffusion.test_schedules import betas_of
 from tests.evaluation.models import LEVELS, cpu, gathered, odd_images, rows_of, small_ddpm
 from tests.evaluation.test_bound import SHAPE, exact_importance, imperfect
 from tests.evaluation.test_rows import PROPOSAL, apart, bound
-from tests.lightning_modules.test_ddpm import linear_model
+from tests.lightning_modules.test_ddpm import ddpm, linear_model
 from tests.linear_gaussian import elbo_terms
 
 SKEWED = torch.arange(1.0, LEVELS + 1).double() / sum(range(LEVELS + 1))
@@ -52,7 +57,7 @@ def test_continuous_data_keep_their_exact_terms(name, num_steps, monkeypatch):
 
 def test_the_measured_control_lowers_the_noise_and_moves_nothing():
     model, images = small_ddpm(12), odd_images(128)
-    control = measure_steps(model, rows_of(images, 1, purpose="profile"), cpu(), 256).control
+    control = measure_steps(model, rows_of(images, 1, purpose="profile"), level_counts(images, LEVELS), cpu(), 256).control
     plain = gathered(rows_of(images, 40), bound(model, 4, PROPOSAL), batch_size=512).squeeze(2)
     controlled = gathered(rows_of(images, 40), bound(model, 4, PROPOSAL, control), batch_size=512).squeeze(2)
     assert controlled.var(1).mean() < plain.var(1).mean()
@@ -65,5 +70,48 @@ def test_a_first_cost_that_rare_draws_carry_moves_no_figure(num_steps):
     """The levels stand 8 to 11 standard deviations apart, and 256 draws show next to nothing of what c_1 is made of."""
     images, model = odd_images(32), small_ddpm(num_steps, Epsilon())
     for seed in range(12):
-        control = measure_steps(model, rows_of(images, 1, seed, "profile"), cpu(), 2048).control
+        control = measure_steps(model, rows_of(images, 1, seed, "profile"), level_counts(images, LEVELS), cpu(), 2048).control
         assert control.totals(images)[0].max() < 0.02  # nats, b_1 E[c_1]: what is added to a figure where no draw takes it away
+
+
+def blank_but_for(num, every, lit):
+    """Binary images, most of them empty."""
+    images = torch.zeros(num, 1, 4, 4, dtype=torch.uint8)
+    images[::every, 0, :lit] = 1
+    return images
+
+
+@pytest.mark.parametrize(
+    ("levels", "images"),
+    [
+        *((2, (odd_images(64)[torch.arange(1, num + 1) * 6] > 8).to(torch.uint8)) for num in (2, 4, 10)),
+        *((LEVELS, odd_images(64)[torch.arange(1, num + 1) * 6]) for num in (2, 4, 10)),
+        (2, blank_but_for(200, 40, 1)),
+        (2, blank_but_for(60, 59, 4)),
+    ],
+)
+def test_no_figure_is_what_its_control_adds_however_few_or_rare_the_images_are(levels, images):
+    torch.manual_seed(2)
+    model = ddpm(Epsilon(), 100, levels=levels, schedule=log_snr_linear).eval()
+    for seed in range(8):
+        cfg = OmegaConf.create({"max_images": None, "seed": seed, "batch_size": 2048})
+        setting = Setting(cfg, model, SplitImages(images, len(images), levels), cpu())
+        rows = setting.rows(32 // min(len(images), 32), "profile", 32)
+        moments = measure_steps(model, rows, setting.level_counts(), cpu(), 2048)
+        # b² E[c²] is not above the pilot's E[KL²]
+        assert moments.control.totals(images)[1].mean() < 1.3 * moments.root_mean_squares.sum()
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_a_kl_that_is_none_is_said_so(step):
+    class Broken(torch.nn.Module):
+        def forward(self, x, t):
+            return torch.where((t == step).view(-1, 1, 1, 1), math.nan, 0.0) * x
+
+    model, images = small_ddpm(12, Epsilon()), odd_images(8)
+    model.network = Broken()
+    settings = {"max_images": None, "seed": 0, "batch_size": 64, "precision": 0.1, "replicates": None, "split": "test"}
+    setting = Setting(OmegaConf.create(settings), model, SplitImages(images, 8, LEVELS), cpu())
+    for estimator in (Default(), Full(), Stratified(5)):
+        with pytest.raises(SettingError, match=r"the bound is (nan|not finite)"):
+            estimate_bound(setting, estimator)

@@ -348,7 +348,7 @@ def test_evaluations_that_end_together_are_all_kept(tmp_path):
 
 def test_the_steps_of_a_record_are_what_was_measured():
     means, errors = torch.arange(1.0, 10.0).double(), torch.arange(9.0, 0.0, -1.0).double() ** 2
-    moments = StepMoments(means, means, means, None, errors, prior=0.5, num_images=4, num_steps=9)
+    moments = StepMoments(means, means, means, None, errors, prior=0.5, num_images=4, num_rows=4, num_steps=9)
     found = steps_record(moments, SimpleNamespace(num_steps=10, levels=17, num_dims=3))
     assert found["t"] == list(range(2, 11))
     assert found["kl_nats"] == means.tolist()
