@@ -41,11 +41,12 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     from runs.entry import start
-    from runs.identity import is_sweep, with_sweep_directory
+    from runs.identity import is_sweep, with_choices, with_sweep_directory
 
     sys.argv = with_sweep_directory(sys.argv)
     if is_sweep(sys.argv):
         from runs.sweep import run_sweep
 
+        sys.argv = with_choices(sys.argv)
         sys.exit(run_sweep(main))
     start(main)

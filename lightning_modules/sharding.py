@@ -21,11 +21,27 @@ def networks(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def loose_parameters(module: nn.Module) -> list[str]:
-    """Returns the names of a model's parameters that stand in no network: nothing is called that would gather them."""
+def unshardable(module: nn.Module) -> str | None:
+    """Returns a sentence on parameters that cannot be sharded; ``None`` if all can.
+
+    Those in no network: nothing is called that would gather them, and each rank would train its own. Those of two places, which
+    may be gathered at two times; and single numbers, which have no parts.
+    """
     names = {part: name for name, part in module.named_modules()}
     lists = [names[part] for part in networks(module) if isinstance(part, (nn.ParameterList, nn.ParameterDict))]
-    return [*(name for name, _ in module.named_parameters(recurse=False)), *lists]
+    places: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter, []).append(name)
+    for fault, found in (
+        ("stand outside of its networks: put them into a module that is called",
+         [*(name for name, _ in module.named_parameters(recurse=False)), *lists]),
+        ("are one parameter in several places", next((own for own in places.values() if len(own) > 1), [])),
+        ("are single numbers: give them a dimension", [own[0] for parameter, own in places.items() if not parameter.ndim]),
+    ):  # fmt: skip
+        if found:
+            model = type(module).__name__
+            return f"trainer=fsdp cannot shard {model}, of which {', '.join(found)} {fault}, or choose trainer=ddp"
+    return None
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -46,15 +62,12 @@ def shard(module: nn.Module, mesh: Any) -> None:
         mesh: of (nodes, devices of a node): shards within a node; nodes, where links are slow, hold the same shards.
 
     Raises:
-        ValueError: if parameters stand outside of the networks: each rank would train its own.
+        ValueError: if a parameter cannot be sharded.
     """
     from torch.distributed.fsdp import fully_shard
 
-    if loose := loose_parameters(module):
-        raise ValueError(
-            f"trainer=fsdp shards networks, and {', '.join(loose)} of {type(module).__name__} stand outside of them: put them "
-            "into a module that is called, or choose trainer=ddp"
-        )
+    if wrong := unshardable(module):
+        raise ValueError(wrong)
     mesh = mesh[mesh.mesh_dim_names[1]] if mesh.size(0) == 1 else mesh
     for network in networks(module):
         for part in (*blocks(network), network):

@@ -40,6 +40,11 @@ class StaticGraphDDP(DDPStrategy):
         super().__init__(static_graph=True, **{name: False}, **settings)
         self._learned = False
 
+    def configure_ddp(self) -> None:
+        """Wraps the model anew, as every fit does: the graph is then to be learned again."""
+        self._learned = False
+        super().configure_ddp()
+
     def block_backward_sync(self) -> AbstractContextManager[None]:
         """Synchronises the first pass all the same: the sum over batches stays the same, early or late."""
         learned, self._learned = self._learned, True

@@ -126,7 +126,7 @@ def start(main: Callable[[], object]) -> None:
 
 def _no_choice() -> str:
     """Says how a group is left out, which Hydra lets nobody choose null of."""
-    item = next((item for item in sys.argv[1:] if item.partition("=")[2] in ("null", "~", "")), "null")
+    item = next((item for item in sys.argv[1:] if "=" in item and item.partition("=")[2] in ("null", "~", "")), "null")
     group = item.partition("=")[0]
     entries = OmegaConf.load(CONF / f"{Path(sys.argv[0]).stem}.yaml").defaults
     unset = any(not isinstance(entry, str) and entry.get(group, "") is None for entry in entries)
@@ -210,6 +210,8 @@ def sentence(error: BaseException) -> str:
     text = " ".join(text.split())
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
+    if "Config group override must be" in text:
+        return "null is no name of a choice: leave the group out, or name one"
     absent = re.match(r"Could not override '(\w+)/([^']+)'\. No match in the defaults list\. .* use (\S+)", text)
     if absent:
         return f"{absent[1]}/{absent[2]}: the {absent[1]} that is chosen has none; {absent[3]} adds one, where it takes one"

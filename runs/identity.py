@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 DEFINES = ("model", "data", "trainer", "callbacks", "seed")  # what a job's figures depend on; loggers and paths are not in it
@@ -96,3 +98,24 @@ def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
 def digest(text: str) -> str:
     """Returns eight hexadecimal digits that stand for a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def with_choices(arguments: Sequence[str]) -> list[str]:
+    """Has a sweep look at a setting of what it goes over once a job has chosen: ``model=vae,mhvae model.latent_dim=8``.
+
+    Hydra composes a sweep's own config with its fixed overrides alone, where ``model`` is still the default one.
+    """
+    places = [i for i, item in enumerate(arguments) if i and re.match(r"\+{0,2}[^-~+=]+=.+", item)]
+    try:
+        parsed = OverridesParser.create().parse_overrides([arguments[i] for i in places])
+    except HydraException:  # which says so itself
+        return list(arguments)
+    swept = [f"{one.get_key_element().replace('/', '.')}." for one in parsed if one.is_sweep_override()]
+    changed = list(arguments)
+    for place, one in zip(places, parsed, strict=True):
+        name = one.key_or_group.replace("/", ".")
+        chosen = "experiment." in swept and name.split(".")[0] in DEFINES and name not in DEFINES
+        if not one.is_sweep_override() and (chosen or name.startswith(tuple(swept))):
+            key, _, value = arguments[place].partition("=")
+            changed[place] = f"{key}=choice({value})"
+    return changed

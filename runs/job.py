@@ -93,7 +93,7 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
     failed, trainer = True, None
     try:
         trainer = build_trainer(cfg, config, directory)
-        check_ranks(trainer, datamodule, cfg)
+        check_ranks(trainer, model, datamodule, cfg)
         # only now: what was refused is no run, not in W&B either, and may be tried again; nor is what only tries something out
         first = describe(cfg, model, datamodule)
         if not only_tries(trainer, cfg):

@@ -13,15 +13,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import is_backend_available
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from callbacks import BatchSizeFinder
 from datamodules import ImageDataModule
 from datamodules.sampling import at_least
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
+from lightning_modules.sharding import unshardable
 from runs.build import SettingError, plain
 from runs.devices import check_processes
 from runs.directory import higher_is_better
@@ -292,15 +296,23 @@ def check_limits(cfg: DictConfig, datamodule: ImageDataModule) -> None:
             )
 
 
-def check_ranks(trainer: Trainer, datamodule: ImageDataModule, cfg: DictConfig) -> None:
+def check_ranks(trainer: Trainer, model: LikelihoodModule, datamodule: ImageDataModule, cfg: DictConfig) -> None:
     """Refuses what several devices cannot share, now that their number is known."""
     check_processes("trainer", trainer.num_devices, trainer.num_nodes)
     backend = getattr(trainer.strategy, "process_group_backend", None)  # what is null is chosen by device
     for name in (part.split(":")[-1] for part in (backend or "").split(",")):  # as cpu:gloo,cuda:nccl
         if name and not is_backend_available(name):
             raise SettingError(f"trainer.strategy.process_group_backend={backend}: this PyTorch has no {name}; leave it out")
+    if isinstance(trainer.strategy, ModelParallelStrategy) and (wrong := unshardable(model)):
+        raise SettingError(wrong)
     if trainer.world_size == 1:
         return
+    for name, part in model.named_modules():
+        if isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm):
+            raise SettingError(
+                f"{name} is a {type(part).__name__}, whose statistics are of one device's rows: with trainer.devices="
+                f"{trainer.world_size} this would be another run than on one; choose GroupNorm or LayerNorm"
+            )
     try:
         datamodule.check_ranks(trainer.world_size)
     except ValueError as error:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -111,6 +112,8 @@ class SweepReport(Callback):
         given = (f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items())  # of the config, as Hydra's
         jobs = grid([*given, *config.hydra.overrides.task])
         self.jobs = len(jobs)
+        if not jobs:
+            sys.exit("error: this sweep has no jobs: a glob finds nothing, or a list is empty")
         for overrides in jobs:
             place = self.directory / f"refused-{digest(' '.join(overrides))}"
             own = not_shared(overrides, config.hydra.overrides.task)
@@ -118,7 +121,7 @@ class SweepReport(Callback):
                 cfg = compose(config.hydra.job.config_name, overrides=overrides, return_hydra_config=True)
                 HydraConfig.instance().set_config(cfg)
                 job = job_name(cfg, own)
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
                 place.mkdir(exist_ok=True)
                 write_state(place, "failed", overrides, sentence(error))
                 self.planned.append(place)
@@ -189,6 +192,8 @@ def refused_sweep(config: DictConfig) -> str | None:
         return wrong
     if given := next((item for item in hydra.overrides.hydra if item.startswith("hydra.run.dir=")), None):
         return f"{given} is the directory of one run, and this is a sweep: give hydra.sweep.dir"
+    if given := next((item for item in hydra.overrides.hydra if item.startswith("hydra.sweep.subdir=")), None):
+        return f"{given}: jobs have names of their own, by which they are found again; leave it out"
     if str(hydra.launcher._target_).endswith("SlurmLauncher") and shutil.which("srun") is None:
         return "hydra/launcher=slurm: this machine has no srun; start the sweep where SLURM is, or choose hydra/launcher=cores"
     at_once = hydra.launcher.get("n_jobs", 1)  # an integer, as the plugin has it checked
@@ -201,9 +206,17 @@ def refused_sweep(config: DictConfig) -> str | None:
     for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
         if override.is_sweep_override():
             swept.append(override.get_key_element())
-            if override.is_interval_sweep() and not is_search(hydra.sweeper):
-                return f"{override.input_line}: a grid takes values, as in 1,2,3; intervals are for hydra/sweeper=search"
+            if override.is_interval_sweep() and (wrong := _wrong_interval(override.value(), hydra.sweeper)):
+                return f"{override.input_line}: {wrong}"
     return refused_search(hydra.sweeper, swept) if is_search(hydra.sweeper) else None
+
+
+def _wrong_interval(interval: IntervalSweep, sweeper: DictConfig) -> str | None:
+    if not is_search(sweeper) or str(sweeper.get("sampler", {}).get("_target_")).endswith("GridSampler"):
+        return "a grid takes values, as in 1,2,3; intervals are for hydra/sweeper=search with another sampler than grid"
+    if not interval.start < interval.end:
+        return "an interval goes from a smaller number to a larger one"
+    return "an interval in logarithms begins above 0" if "log" in interval.tags and interval.start <= 0 else None
 
 
 def run_sweep(main: Callable[[], object]) -> int:
@@ -224,8 +237,11 @@ def run_sweep(main: Callable[[], object]) -> int:
         if SweepReport.latest is None or SweepReport.latest.done():
             raise
         SweepReport.latest.summarise()
-        if not SweepReport.latest.searches:  # the plugin looks for the best trial of a search, and there may be none
+        begun = bool(SweepReport.latest.states())
+        if not SweepReport.latest.searches or not begun:  # else the plugin looks for the best trial, and there may be none
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if not begun:
+            return 1
     return int(SweepReport.latest is not None and SweepReport.latest.failed)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 
 from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, is_held, write_json
@@ -166,9 +167,13 @@ def varied(overrides: Sequence[str], sweep: Path) -> list[str]:
 def not_shared(overrides: Sequence[str], common: Sequence[str]) -> list[str]:
     """Returns the overrides of a job whose keys a sweep gives several values, by keys: Hydra writes false as False in a job."""
     parse = OverridesParser.create().parse_overrides
-    shared = {one.get_key_element() for one in parse(list(common)) if not one.is_sweep_override()}
+    shared = {one.get_key_element() for one in parse(list(common)) if not one.is_sweep_override() or _has_one_value(one)}
     own = zip(overrides, parse(list(overrides)), strict=True)
     return [item for item, one in own if one.get_key_element() not in shared]
+
+
+def _has_one_value(override: Override) -> bool:
+    return override.is_choice_sweep() and len(override.value().list) == 1
 
 
 def _name_in_wandb(cfg: DictConfig, sweep: Path, directory: Path, overrides: Sequence[str]) -> None:

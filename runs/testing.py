@@ -64,6 +64,7 @@ def test(
                 say(trainer, f"drawing pictures of samples and of each KL, in {directory}")
                 end_by_sigterm(trainer)
 
+    trainer.strategy.optimizers = []  # or sharding would read their state too, and fail where a parameter has none
     others = [callback for callback in trainer.callbacks if callback not in pictures]
     trainer.callbacks = [*others, LambdaCallback(on_test_end=report), *pictures]
     try:

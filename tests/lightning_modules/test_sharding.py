@@ -5,7 +5,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightning_modules.sharding import gather, release, shard
+from lightning_modules.sharding import gather, release, shard, unshardable
 from runs.build import build_part
 from runs.devices import shards_on_cpu
 from tests.jobs import configure
@@ -35,8 +35,24 @@ def whole(model):
 def test_parameters_that_no_network_would_gather_are_refused(loose, mesh, tmp_path):
     model = build_part(configure(tmp_path, "model=vae").model)
     model.mean = loose
-    with pytest.raises(ValueError, match="mean of VAELightningModule stand outside"):
+    with pytest.raises(ValueError, match="VAELightningModule, of which mean stand outside of its networks"):
         shard(model, mesh)
+
+
+def test_parameters_of_two_places_and_single_numbers_are_refused(mesh, tmp_path):
+    def built():
+        return build_part(configure(tmp_path, "model=vae").model)
+
+    tied, scalar = built(), built()
+    tied.decoder.again = tied.encoder
+    scalar.encoder.scale = torch.nn.Parameter(torch.tensor(1.0))
+    for model, words in (
+        (tied, r"encoder\.\S+, decoder\.again\.\S+ are one parameter"),
+        (scalar, r"encoder\.scale are single"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            shard(model, mesh)
+    assert unshardable(built()) is None
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_modules import VAELightningModule, WarmupCosine
 from lightning_modules.sharding import blocks, networks
 from runs import devices
 from runs.build import SettingError, build_part
-from runs.devices import check_processes, compile_networks, make_trainer
+from runs.devices import StaticGraphDDP, check_processes, compile_networks, make_trainer
+from runs.settings import check_ranks
 from tests.evaluation.evaluations import evaluate_here
 from tests.jobs import configure, result, run_here
 
@@ -151,6 +153,29 @@ def test_what_several_devices_cannot_share_is_refused_before_any_begins(override
         run_here(tmp_path, *SMALL, "logger=wandb", "logger.mode=offline", "trainer=ddp_cpu", "trainer.devices=2", *overrides)
     assert not list(tmp_path.rglob("*.wandb"))
     run_here(tmp_path, *SMALL, "trainer.max_epochs=1")  # in the same place: nothing was claimed
+
+
+def test_statistics_of_one_devices_rows_are_refused_on_several(tmp_path):
+    cfg = configure(tmp_path, *SMALL)
+    model = build_part(cfg.model)
+    several = SimpleNamespace(num_devices=2, num_nodes=1, world_size=2, strategy=None, callbacks=[])
+    datamodule = SimpleNamespace(check_ranks=lambda ranks: None)
+    model.encoder.norm = torch.nn.SyncBatchNorm(3)
+    check_ranks(several, model, datamodule, cfg)
+    model.encoder.norm = torch.nn.BatchNorm1d(3)
+    with pytest.raises(SettingError, match=r"encoder\.norm is a BatchNorm1d, .* with trainer\.devices=2 this would"):
+        check_ranks(several, model, datamodule, cfg)
+    check_ranks(SimpleNamespace(**{**vars(several), "num_devices": 1, "world_size": 1}), model, datamodule, cfg)
+
+
+def test_each_fit_learns_the_graph_of_its_own_wrapper(monkeypatch):
+    monkeypatch.setattr(DDPStrategy, "configure_ddp", lambda self: None)
+    strategy = StaticGraphDDP()
+    monkeypatch.setattr(DDPStrategy, "block_backward_sync", lambda self: "blocked")
+    for _ in range(2):
+        strategy.configure_ddp()
+        assert strategy.block_backward_sync() != "blocked"
+        assert strategy.block_backward_sync() == "blocked"
 
 
 def test_what_only_tries_leaves_no_run(tmp_path):

@@ -10,17 +10,18 @@ import time
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
 from hydra_plugins.grid_sweeper import GridSweeper
 from runs.build import SettingError
 from runs.directory import is_held
-from runs.identity import identity, job_name, with_sweep_directory
-from runs.sweep import SweepReport, run_in_sweep
-from runs.sweep_jobs import read_state
-from tests.jobs import QUICK, SMALL_DDPM, begin, command, configure, result, run_here
+from runs.identity import identity, job_name, with_choices, with_sweep_directory
+from runs.sweep import SweepReport, refused_sweep, run_in_sweep
+from runs.sweep_jobs import not_shared, read_state
+from tests.jobs import QUICK, ROOT, SMALL_DDPM, begin, command, configure, result, run_here
 from tests.runs.cluster import make_cluster
 from tests.runs.ranks import RECORD, assert_ranks_agree
 from tests.wandb_file import read, records
@@ -377,6 +378,55 @@ def test_a_combination_that_makes_no_config_stops_no_other(tmp_path):
     assert [path.parent.name.split("-")[0] for path in sweep.glob("*/result.json")] == ["ddpm"]
 
 
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        (["model=vae,mhvae", "model.latent_dim=8"], ["model=vae,mhvae", "model.latent_dim=choice(8)"]),
+        (["model.betas=[1,2]", "-m", "model=vae,ddpm"], ["model.betas=choice([1,2])", "-m", "model=vae,ddpm"]),
+        (["data=mnist,digits", "data/binarization=static"], ["data=mnist,digits", "data/binarization=choice(static)"]),
+        (["experiment=a,b", "+model.x=y z", "seed=3"], ["experiment=a,b", "+model.x=choice(y z)", "seed=3"]),
+        (["model=vae", "model.latent_dim=8", "seed=1,2"], ["model=vae", "model.latent_dim=8", "seed=1,2"]),
+        (
+            ["model=vae,mhvae", "~model.beta", "trainer.max_epochs=1"],
+            ["model=vae,mhvae", "~model.beta", "trainer.max_epochs=1"],
+        ),
+        (["model=vae,mhvae", "model.beta=[", "-m"], ["model=vae,mhvae", "model.beta=[", "-m"]),
+    ],
+)
+def test_a_setting_of_what_a_sweep_goes_over_waits_for_a_job_that_has_chosen(given, seen):
+    assert with_choices(["train.py", *given]) == ["train.py", *seen]
+
+
+def test_what_has_one_value_names_no_job():
+    common = ["model=vae,mhvae", "model.latent_dim=choice(8)", "seed=0"]
+    assert not_shared(["model=vae", "model.latent_dim=8", "seed=0"], common) == ["model=vae"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["hydra/sweeper=search", "model.beta=interval(2,1)"], "from a smaller number to a larger one"),
+        (["hydra/sweeper=search", "model.beta=tag(log,interval(0,1))"], "in logarithms begins above 0"),
+        (["hydra/sweeper=search", "hydra/sweeper/sampler=grid", "model.beta=interval(1,2)"], "another sampler than grid"),
+        (["model.beta=interval(1,2)"], "a grid takes values"),
+        (["seed=1,2", "hydra.sweep.subdir=foo"], "hydra.sweep.subdir=foo: jobs have names of their own"),
+        (["seed=1,2", "hydra.sweeper.max_batch_size=0"], "give an integer of at least 1, or null for all jobs"),
+        (["seed=1,2", "sweep.retry_failed=ja"], "sweep.retry_failed=ja: give true or false"),
+    ],
+)
+def test_sweeps_that_cannot_work_are_refused_before_they_begin(overrides, words, tmp_path):
+    if "hydra/sweeper=search" in overrides:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    task = [item for item in overrides if not item.startswith("hydra")]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        fixed = [item for item in overrides if not re.search("[,(]", item)]
+        config = compose("train", fixed, return_hydra_config=True)
+    with open_dict(config):
+        config.hydra.overrides.task = task
+        config.hydra.overrides.hydra = [item for item in overrides if item not in task]
+    assert words in refused_sweep(config)
+
+
 def test_no_batch_of_a_grid_is_empty_as_submitit_takes_no_such_one(monkeypatch):
     report = SweepReport()
     monkeypatch.setattr(SweepReport, "latest", report)
@@ -388,7 +438,8 @@ def test_no_batch_of_a_grid_is_empty_as_submitit_takes_no_such_one(monkeypatch):
 
 
 def test_a_sweep_of_the_config_is_planned_as_one_of_the_command_line(tmp_path):
-    settings = ("model=vae,mhvae", *QUICK, "trainer.max_epochs=1", "callbacks.pictures=null", "logger=csv")
+    # the latter is a setting of both, and not of the model that a sweep's own config has
+    settings = ("model=vae,mhvae", *QUICK, "trainer.max_epochs=1", "callbacks.pictures=null", "logger=csv", "model.beta=0.5")
     done = command("hydra.mode=MULTIRUN", *settings, 'hydra.sweeper.params={model/posterior:"markov"}', cwd=tmp_path)
     assert done.returncode == 1
     assert "left out: it cannot be composed" in done.stdout
