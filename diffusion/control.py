@@ -86,12 +86,11 @@ class Control:
     def first_variance(self, counts: Tensor) -> Tensor:
         """Returns the variance of c_1 over x_1, of images with these pixels of each level: (N, L) -> (N,), nats squared."""
         surprise, square, _, _ = self._pixel(1)
-        return counts.to(surprise) @ (square - surprise.square()).clamp(min=0)
+        return counts @ (square - surprise.square()).clamp(min=0)
 
     def second_moment(self, t: int, counts: Tensor) -> float:
         """Returns E[c_t²] of the second denoiser, b_t left out, over x_t and images with these pixels of each level: (N, L)."""
         _, _, error, square = self._pixel(t)
-        counts = counts.to(error)
         variances = counts @ (square - error.square()).clamp(min=0)
         return float(self.weights[t].square() * ((counts @ error).square() + variances).mean())
 

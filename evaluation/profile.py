@@ -78,6 +78,7 @@ def measure_steps(
     last = model.num_steps
     spread = torch.logspace(math.log10(2), math.log10(last), STEPS, dtype=torch.float64).round().long()
     steps = spread.clamp(2, last).unique()
+    counts = None if counts is None else counts.to(model.process.betas)
     frequencies = None if counts is None else level_frequencies(counts)
     control = Control(model.process, frequencies, torch.ones(last + 1, DENOISERS))
 
