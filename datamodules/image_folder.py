@@ -241,6 +241,7 @@ def _pictures(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(place)
+        folders.sort()  # of two links to one folder the same one is followed on every file system
         paths += [Path(base, name) for name in names]
     # names that begin with a dot are a file system's own notes, such as ._cat.jpg
     return sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))

@@ -74,8 +74,12 @@ class Setting:
         """Returns how many pixels of each image have each level, of :data:`COUNTED` images at most: (N, L)."""
         if self.images.levels is None:
             return None
-        parts = self.rows(1, "bound", COUNTED).order.split(1024)
-        return torch.cat([level_counts(self.images.index_select(0, part), self.images.levels) for part in parts])
+        order, counts = self.rows(1, "bound", COUNTED).order, []
+        with self.progress("counting levels", len(order)) as done:
+            for part in order.split(1024):
+                counts.append(level_counts(self.images.index_select(0, part), self.images.levels))
+                done(len(part))
+        return torch.cat(counts)
 
     def gather(
         self,

@@ -32,10 +32,11 @@ def unshardable(module: nn.Module) -> str | None:
     places: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         places.setdefault(parameter, []).append(name)
+    shared = [own for own in places.values() if len(own) > 1]
     for fault, found in (
         ("stand outside of its networks: put them into a module that is called",
          [*(name for name, _ in module.named_parameters(recurse=False)), *lists]),
-        ("are one parameter in several places", next((own for own in places.values() if len(own) > 1), [])),
+        ("are one parameter in several places: give each place its own", shared[0] if shared else []),
         ("are single numbers: give them a dimension", [own[0] for parameter, own in places.items() if not parameter.ndim]),
     ):  # fmt: skip
         if found:

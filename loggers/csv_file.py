@@ -53,7 +53,7 @@ class MetricsCSV(Logger):
             if self._columns:
                 self._write([row for row in rows if self._stands(row, metrics)])
         row = {"step": step} | metrics
-        if step == self.begin and "images_seen" in row:
+        if step == self.begin and any(name.startswith("val/") for name in row):
             self._write([old for old in self._read()[1] if not _is_again(old, row)])
         if new := [name for name in row if name not in self._columns]:
             self._columns = [*self._columns, *new]
@@ -106,5 +106,5 @@ class MetricsCSV(Logger):
 
 def _is_again(old: dict[str, str], row: dict[str, float]) -> bool:
     """Whether a row is of the same validation as one on disk: a session was killed between its row and its checkpoint."""
-    same = all(old.get(name) == str(row[name]) for name in ("step", "images_seen"))
+    same = all(old.get(name) == str(row.get(name)) for name in ("step", "images_seen"))
     return same and any(name.startswith("val/") and old.get(name) for name in row)
