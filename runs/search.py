@@ -13,7 +13,7 @@ STUDY = "study.db"  # as conf/hydra/sweeper/search.yaml has it, in the sweep's d
 
 def is_search(sweeper: DictConfig) -> bool:
     """Whether a sweep's jobs are chosen by Optuna."""
-    return "optuna" in str(sweeper._target_)
+    return str(sweeper._target_).endswith((".OptunaSweeper", ".SearchSweeper"))
 
 
 def refused_search(sweeper: DictConfig, searched: Sequence[str]) -> str | None:
@@ -30,6 +30,43 @@ def refused_search(sweeper: DictConfig, searched: Sequence[str]) -> str | None:
     if not searched:
         return "hydra/sweeper=search has nothing to search: give a setting some values, as in model.beta='interval(1,4)'"
     return None
+
+
+def other_study(sweeper: DictConfig, overrides: Sequence[str]) -> str | None:
+    """Returns a sentence for a search whose study on disk was another one; ``None`` where it goes on, or there is none.
+
+    Args:
+        sweeper: the config of the plugin.
+        overrides: the sweep's.
+    """
+    with _study(sweeper) as (storage, study):
+        if study is None:
+            return None
+        trials = storage.get_all_trials(study)
+        directions = [direction.name.lower() for direction in storage.get_study_directions(study)]
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+    from optuna.distributions import check_distribution_compatibility
+
+    instead = "give another hydra.sweep.dir, or sweep.fresh=true, which keeps that study aside and begins one"
+    direction = getattr(sweeper.direction, "name", sweeper.direction)
+    if directions != [direction]:
+        return f"hydra.sweeper.direction={direction}: the study {sweeper.storage} was begun to {directions[0]}; {instead}"
+    given = (f"{key}={values}" for key, values in (sweeper.params or {}).items())
+    space, _ = create_params_from_overrides([*given, *overrides])
+    for trial in trials:
+        for name in space.keys() & trial.distributions.keys():
+            before = trial.distributions[name]
+            try:
+                check_distribution_compatibility(before, space[name])
+            except ValueError:
+                return f"{name}: the study {sweeper.storage} has searched other values, {_values(before)}; {instead}"
+    return None
+
+
+def _values(distribution: Any) -> str:
+    """Names what a setting was searched over, as a command line has it."""
+    choices = getattr(distribution, "choices", None)
+    return f"interval({distribution.low},{distribution.high})" if choices is None else ",".join(map(str, choices))
 
 
 def go_on(sweeper: DictConfig) -> str:

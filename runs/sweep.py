@@ -29,7 +29,7 @@ from runs.directory import is_held
 from runs.entry import INTERRUPTED, refusal, sentence, start
 from runs.identity import digest, job_name
 from runs.lifelines import in_worker, is_lightnings
-from runs.search import STUDY, go_on, is_search, refused_search
+from runs.search import STUDY, go_on, is_search, other_study, refused_search
 from runs.sweep_jobs import (
     BEFORE,
     STATE,
@@ -100,6 +100,8 @@ class SweepReport(Callback):
                 move_aside(self.directory / STUDY)
             # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies
             OmegaConf.save(OmegaConf.create({"hydra": {"overrides": config.hydra.overrides}}), self.directory / SWEEP)
+            if wrong := other_study(config.hydra.sweeper, config.hydra.overrides.task):
+                sys.exit(f"error: {wrong}")
             print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
         elif str(config.hydra.sweeper._target_).endswith("GridSweeper"):
             print(f"sweep in {self.directory}", flush=True)
@@ -115,25 +117,36 @@ class SweepReport(Callback):
         if not jobs:
             sys.exit("error: this sweep has no jobs: a glob finds nothing, or a list is empty")
         for overrides in jobs:
-            place = self.directory / f"refused-{digest(' '.join(overrides))}"
-            own = not_shared(overrides, config.hydra.overrides.task)
-            try:
-                cfg = compose(config.hydra.job.config_name, overrides=overrides, return_hydra_config=True)
-                HydraConfig.instance().set_config(cfg)
-                job = job_name(cfg, own)
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                place.mkdir(exist_ok=True)
-                write_state(place, "failed", overrides, sentence(error))
-                self.planned.append(place)
+            directory, cfg = self.composed(overrides, config)
+            self.planned.append(directory)
+            if cfg is None:
                 self.impossible.add(tuple(overrides))
-                state, plan = "failed", "left out: it cannot be composed"
-            else:
-                shutil.rmtree(place, ignore_errors=True)  # it could not be composed once
-                self.planned.append(self.directory / job)
-                state, _ = read_state(self.planned[-1])
-                plan = _plan_of(cfg, state)
-            table.add_row(" ".join(own), state, plan)
+            state, _ = read_state(directory)
+            plan = "left out: it cannot be composed" if cfg is None else _plan_of(cfg, state)
+            table.add_row(" ".join(not_shared(overrides, config.hydra.overrides.task)), state, plan)
         return table
+
+    def composed(self, overrides: Sequence[str], config: DictConfig) -> tuple[Path, DictConfig | None]:
+        """Composes a job of the sweep; one that cannot be composed is a failed one.
+
+        Args:
+            overrides: the job's.
+            config: the sweep's.
+
+        Returns:
+            (directory, config) of the job; (one that holds the reason, ``None``) where it has no config.
+        """
+        place = self.directory / f"refused-{digest(' '.join(overrides))}"
+        try:
+            cfg = compose(config.hydra.job.config_name, overrides=list(overrides), return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            job = job_name(cfg, not_shared(overrides, config.hydra.overrides.task))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            place.mkdir(exist_ok=True)
+            write_state(place, "failed", overrides, sentence(error))
+            return place, None
+        shutil.rmtree(place, ignore_errors=True)  # it could not be composed once
+        return self.directory / job, cfg
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Ends the sweep as Ctrl-C does, once the jobs of its workers have stopped; a second signal does not wait for them."""

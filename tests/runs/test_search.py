@@ -1,12 +1,18 @@
 """A search that is started again: its trials are a total, and what was cut off waits to go on."""
 
 import json
+import re
+import signal
 
 import pytest
 from omegaconf import OmegaConf
 
-from runs.search import go_on
+from runs.search import go_on, other_study
 from runs.sweep import SweepReport, run_sweep
+from tests.jobs import QUICK, command, result, run_here
+from tests.runs.ranks import assert_ranks_agree
+from tests.runs.sweeps import JOB, LONG, RANKS, checkpoints, start, sweeps, wandb_files
+from tests.wandb_file import records
 
 
 def test_spent_trials_count_and_cut_off_ones_wait_again_with_their_values(tmp_path):
@@ -29,6 +35,49 @@ def test_spent_trials_count_and_cut_off_ones_wait_again_with_their_values(tmp_pa
     assert (again.number, again.params["x"]) == (2, value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "direction", "words"),
+    [
+        (["model=vae,mhvae", "model.beta=interval(1,2)", "seed=1"], "minimize", None),
+        (["model=vae,mhvae", "model.beta=interval(0,9)", "trainer.max_epochs=1,2"], "minimize", None),  # Optuna takes these
+        (["model=vae,ddpm"], "minimize", "model: the study .* has searched other values, vae,mhvae; give another"),
+        (["model.beta=1,2"], "minimize", r"model.beta: .* other values, interval\(1.0,2.0\); give another hydra.sweep.dir"),
+        (["model=vae,mhvae"], "maximize", "hydra.sweeper.direction=maximize: the study .* was begun to minimize; give another"),
+    ],
+)
+def test_another_search_in_the_same_directory_is_refused_before_it_touches_the_study(overrides, direction, words, tmp_path):
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path}/study.db"
+    sweeper = {"storage": storage, "study_name": "sweep", "params": None, "direction": direction}
+    assert other_study(OmegaConf.create(sweeper), overrides) is None  # no study yet
+    distributions = optuna.distributions
+    space = {
+        "model": distributions.CategoricalDistribution(["vae", "mhvae"]),
+        "model.beta": distributions.UniformDistribution(1.0, 2.0),
+    }
+    optuna.create_study(study_name="sweep", storage=storage).ask(space)
+    found = other_study(OmegaConf.create(sweeper), overrides)
+    assert found is None if words is None else re.match(words, found)
+
+
+def test_a_trial_that_cannot_be_composed_has_failed_and_the_search_goes_on(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    study = optuna.create_study(study_name="sweep", storage=f"sqlite:///{sweep}/study.db")
+    for model in ("ddpm", "vae"):
+        study.enqueue_trial({"model": model, "model.beta": 0.5})
+    settings = [*QUICK, "trainer.max_epochs=1", "callbacks.pictures=null", "logger=csv", f"hydra.sweep.dir={sweep}"]
+    search = ["-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", "model=vae,ddpm", "model.beta=0.5,2"]
+    done = command(*search, *settings, cwd=tmp_path)
+    assert "sweep: 1 of 2 jobs done, 1 failed" in done.stdout, done.stdout + done.stderr
+    assert "failed: refused-" in done.stdout
+    assert "model.beta is a setting of" in done.stdout
+    assert done.returncode == 1
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    assert [path.parent.name.split("-")[0] for path in sweep.glob("*/result.json")] == ["vae"]
+
+
 def test_a_search_without_a_success_ends_with_its_summary(tmp_path, monkeypatch, capsys):
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "job.json").write_text(json.dumps({"status": "failed", "reason": "why"}))
@@ -44,3 +93,51 @@ def test_a_search_without_a_success_ends_with_its_summary(tmp_path, monkeypatch,
     (tmp_path / "job" / "result.json").write_text(json.dumps({"objective": 1.0}))
     with pytest.raises(ValueError, match="Record"):
         run_sweep(main)
+
+
+def test_optuna_minimises_the_validation_figure_with_two_ranks_and_goes_on(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    overrides = ["-m", "hydra/sweeper=search", *RANKS, "trainer.devices=2", "model.optimizer.lr=interval(1e-4,1e-2)"]
+    for trials, said in ((1, "0 of 1 trials spent (0 failed), 0 interrupted, 1 to run"), (2, "1 of 2 trials spent")):
+        done = command(*overrides, f"hydra.sweeper.n_trials={trials}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+        (sweep,) = sweeps(tmp_path)
+        objectives = [result(path.parent)["objective"] for path in sweep.glob("*/result.json")]
+        assert len(objectives) == trials
+    runs = [next(r.run for r in records(path) if r.WhichOneof("record_type") == "run") for path in wandb_files(tmp_path)]
+    jobs = {path.parent.name: json.loads(path.read_text())["overrides"] for path in sweep.glob("*/job.json")}
+    assert {run.display_name for run in runs} == set(jobs)
+    for run in runs:
+        (rate,) = (item for item in jobs[run.display_name] if "optimizer.lr" in item)
+        assert list(run.tags) == [rate]  # what varies, and no more
+        directory = sweep / run.display_name
+        assert_ranks_agree(directory)
+        run_here(tmp_path / run.run_id, *JOB, rate, "logger=csv")  # by one rank
+        assert result(tmp_path / run.run_id / "run")["objective"] == pytest.approx(result(directory)["objective"], abs=1e-4)
+    best = [line for line in done.stdout.splitlines() if "Best value" in line]
+    assert float(best[0].split()[-1]) == pytest.approx(min(objectives))
+
+
+def test_a_killed_search_goes_on_with_the_trial_that_was_cut_off_and_adds_none(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    overrides = ["-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=2", *LONG, "model.optimizer.lr=interval(1e-4,1e-2)"]
+    killed = start(overrides, tmp_path)
+    killed.kill()
+    assert killed.finish(timeout=60).returncode == -signal.SIGKILL
+    (directory,) = (path.parents[1] for path in checkpoints(tmp_path))
+    (rate,) = (item for item in json.loads((directory / "job.json").read_text())["overrides"] if "optimizer.lr" in item)
+    done = command(*overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "search: 0 of 2 trials spent (0 failed), 1 interrupted, 2 to run" in done.stdout
+    assert f"interrupted, goes on: trial 0  {rate}" in done.stdout
+    assert f"continuing from {directory}/checkpoints/last.ckpt" in done.stdout
+    assert "sweep: 2 of 2 jobs done" in done.stdout
+    study = optuna.load_study("sweep", f"sqlite:///{directory.parent}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert result(directory)["objective"] == study.trials[0].value
+    assert f"model.optimizer.lr={study.trials[0].params['model.optimizer.lr']}" == rate
+    again = command(*overrides, cwd=tmp_path)  # nothing is left to do
+    assert again.returncode == 0, again.stderr
+    assert "search: 2 of 2 trials spent (0 failed), 0 interrupted, 0 to run" in again.stdout
+    assert len(list(directory.parent.glob("*/result.json"))) == 2
