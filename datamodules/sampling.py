@@ -6,6 +6,7 @@ batch is drawn for all of its rows and then cut in the same way, so N ranks toge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ def at_least(setting: str, value: object, minimum: int, most: int | None = None)
     Raises:
         ValueError: otherwise, naming the setting.
     """
-    if not is_whole(value, minimum) or (most is not None and value > most):
+    if not is_whole(value, minimum, math.inf if most is None else most):
         bound = "" if most is None else f" and at most {most}"
         raise ValueError(f"{setting}={value}: give an integer of at least {minimum}{bound}")
     return value

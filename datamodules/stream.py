@@ -23,6 +23,7 @@ from datamodules.shards import Manifest, ShardedImages
 from losses.draws import seeded
 
 MOST_IN_BLOCK = 2**24  # an order is drawn for a whole block at once
+MOST_AHEAD = 10_000  # batches that each worker is asked for before the first one comes
 
 
 class BlockSampler(GlobalBatchSampler):
@@ -130,7 +131,7 @@ class StreamDataModule(ImageDataModule):
         self.held_out = {"val": at_least("data.num_val", num_val, 1), "test": at_least("data.num_test", num_test, 1)}
         self.block_size = at_least("data.block_size", block_size, 1, MOST_IN_BLOCK)
         self.num_workers = at_least("data.num_workers", num_workers, 0, MOST_WORKERS)
-        self.prefetch = at_least("data.prefetch", prefetch, 1)
+        self.prefetch = at_least("data.prefetch", prefetch, 1, MOST_AHEAD)
 
     def prepare_data(self) -> None:
         """Compares checksums, if that is wished for; Lightning calls it on one rank of each node, more than once."""

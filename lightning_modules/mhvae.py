@@ -16,7 +16,7 @@ from lightning_modules.base import build
 from lightning_modules.latents import LatentModule
 from lightning_modules.posteriors import Factory, Latent, build_transitions
 from losses import Likelihood
-from losses.checks import is_whole
+from losses.checks import MOST_LAYERS, is_whole
 
 
 class MHVAELightningModule(LatentModule):
@@ -48,9 +48,10 @@ class MHVAELightningModule(LatentModule):
         **settings: Any,
     ) -> None:
         super().__init__(likelihood, latent_dim, beta, **settings)
-        if not is_whole(depth, 1):
+        if not is_whole(depth, 1, MOST_LAYERS):
             raise ValueError(
-                f"model.depth={depth!r} must be an integer of at least 1: it is the number of latents (1 is a VAE)"
+                f"model.depth={depth!r} must be an integer of at least 1 and at most {MOST_LAYERS}: the number of latents "
+                "(1 is a VAE)"
             )
         self.depth = depth
         sizes = {"depth": depth, "latent_dim": latent_dim}

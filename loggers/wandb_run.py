@@ -121,6 +121,8 @@ def wandb_logger(
         ValueError: if W&B refuses what it is given, and no server is to blame.
     """
     mode, why = choose_mode(mode)
+    if not os.environ.get("WANDB_MODE"):  # an empty one is none, but wandb itself would refuse it
+        os.environ.pop("WANDB_MODE", None)
     os.makedirs(save_dir, exist_ok=True)
     common = {
         "save_dir": save_dir, "project": project, "name": name, "entity": entity, "group": group, "job_type": job_type,

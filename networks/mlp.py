@@ -15,21 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from losses import DiagGaussian
-from losses.checks import is_whole
+from losses.checks import MOST_LAYERS, is_whole
 from losses.gaussian import full_precision
 from networks.conv import LOG_STD_RANGE
 from networks.layers import Dropout, check_embedding, run_in_full_precision, soft_clamp, timestep_embedding
 
 
-def check_sizes(**sizes: int) -> None:
-    """Refuses sizes of layers below 1.
+def check_sizes(most: int | None = None, **sizes: int) -> None:
+    """Refuses sizes of layers below 1, and above ``most`` if it is given.
 
     Raises:
-        ValueError: naming the first size that is not an integer ≥ 1.
+        ValueError: naming the first size that is no such integer.
     """
     for name, size in sizes.items():
-        if not is_whole(size, 1):
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        if not is_whole(size, 1, math.inf if most is None else most):
+            bound = "" if most is None else f" and at most {most}"
+            raise ValueError(f"{name} must be an integer of at least 1{bound}, got {size!r}")
 
 
 class ResidualBlock(nn.Module):
@@ -58,7 +59,8 @@ class ResidualBlock(nn.Module):
 
 def residual_mlp(in_dim: int, hidden_dim: int, num_blocks: int, dropout: float) -> nn.Sequential:
     """Returns a linear map, ``num_blocks`` residual blocks, LayerNorm and SiLU: (B, in_dim) -> (B, hidden_dim)."""
-    check_sizes(in_dim=in_dim, hidden_dim=hidden_dim, num_blocks=num_blocks)
+    check_sizes(in_dim=in_dim, hidden_dim=hidden_dim)
+    check_sizes(MOST_LAYERS, num_blocks=num_blocks)
     blocks = [ResidualBlock(hidden_dim, dropout) for _ in range(num_blocks)]
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), *blocks, nn.LayerNorm(hidden_dim), nn.SiLU())
 
@@ -215,7 +217,8 @@ class MLPDenoiser(nn.Module):
         time_dim: int = 64,
     ) -> None:
         super().__init__()
-        check_sizes(hidden_dim=hidden_dim, num_blocks=num_blocks)
+        check_sizes(hidden_dim=hidden_dim)
+        check_sizes(MOST_LAYERS, num_blocks=num_blocks)
         check_embedding(time_dim=time_dim)
         self.time_dim = time_dim
         self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.SiLU())

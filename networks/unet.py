@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from losses.checks import is_whole
+from losses.checks import MOST_LAYERS, is_whole
 from networks.layers import ResBlock, check_embedding, group_norm, run_in_full_precision, timestep_embedding, zeroed
 
 
@@ -218,8 +218,8 @@ def _way_up(block, kept: list[int], widths: list[int], attended: list[bool], num
 
 def _check_counts(counts: dict[str, int], channel_multipliers: Sequence[int]) -> None:
     for name, value in counts.items():
-        if not is_whole(value, 1):
-            raise ValueError(f"{name} of the U-Net must be a positive integer, got {value!r}")
+        if not is_whole(value, 1, MOST_LAYERS):
+            raise ValueError(f"{name} of the U-Net must be an integer of at least 1 and at most {MOST_LAYERS}, got {value!r}")
     if not channel_multipliers or min(channel_multipliers) < 1:
         raise ValueError(f"channel_multipliers must be positive integers, one for each level, got {list(channel_multipliers)}")
 

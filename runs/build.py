@@ -51,7 +51,7 @@ def build_part(cfg: DictConfig, **extra: Any) -> Any:
         if wrong := next(wrong_kinds(cfg, nulls=True), None):
             raise SettingError(wrong) from None
         node = OmegaConf.select(cfg._get_root(), key) if key else None
-        settings = {} if not isinstance(node, DictConfig) else {k: v for k, v in node.items() if k[0] != "_"}
+        settings = {} if not isinstance(node, DictConfig) else {k: v for k, v in node.items() if str(k)[0] != "_"}
         found = re.search(r"unexpected keyword argument '(\w+)'", sentence)
         if found and found[1] in settings:
             raise SettingError(unknown(node, found[1])) from None

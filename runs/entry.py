@@ -9,15 +9,17 @@ import re
 import sys
 import traceback
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from runs.commands import CONF
 from runs.faults import is_fault
@@ -27,8 +29,14 @@ from runs.lifelines import BEGUN_BY, end_rank_with_parent
 from runs.names import no_setting
 
 FULL = "HYDRA_FULL_ERROR"
+WITH_VALUE = (  # of Hydra's flags
+    "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p",
+    "--experimental-rerun",
+)  # fmt: skip
+LEFT_OUT = ("callbacks", "logger", "model/lr_scheduler", "model/optimizer")  # groups that a run may be without
 INTERRUPTED, TERMINATED = 130, 143  # exit codes after Ctrl-C and SIGTERM, as shells have them
 
+_loaded = False  # whether this process has imported what a job needs
 _asked = False  # whether the user set HYDRA_FULL_ERROR=1, to see how each error came about
 
 
@@ -47,7 +55,13 @@ def loading() -> Iterator[None]:
     """Keeps the garbage collector off what is imported inside: as it comes, and when the process ends.
 
     What modules hold stays. To search torch's and Lightning's again and again takes two fifths of what importing them takes.
+    A later job of the same process imports nothing: what the one before it has left must be found, or its data would stay.
     """
+    global _loaded
+    if _loaded:
+        yield
+        return
+    _loaded = True
     gc.disable()
     try:
         yield
@@ -96,6 +110,7 @@ def start(main: Callable[[], object]) -> None:
     spin_briefly()
     take_lazy_help()
     print_what_a_terminal_lacks()
+    sys.argv[1:] = flags_first(sys.argv[1:])
     for item in sys.argv[1:]:
         if re.fullmatch(r"paths\.output_dir=(null|~)?", item):  # Hydra makes the folder before anything else is looked at
             sys.exit(f"error: {item}: give the folder for run directories, or leave it out")
@@ -113,10 +128,10 @@ def start(main: Callable[[], object]) -> None:
         if _asked:
             raise
         sys.exit(f"error: {sentence(error)}")
-    except ValueError as error:
-        if _asked or "Config group override must be" not in str(error):
+    except (ValueError, YAMLError) as error:
+        if _asked or not is_of_composing(error):
             raise
-        sys.exit(f"error: {_no_choice()}")
+        sys.exit(f"error: {sentence(error)}")
     except OSError as error:
         end_by(error)
     finally:
@@ -124,14 +139,61 @@ def start(main: Callable[[], object]) -> None:
             os.environ.pop(FULL, None)
 
 
-def _no_choice() -> str:
-    """Says how a group is left out, which Hydra lets nobody choose null of."""
-    item = next((item for item in sys.argv[1:] if "=" in item and item.partition("=")[2] in ("null", "~", "")), "null")
-    group = item.partition("=")[0]
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """Puts Hydra's own flags before the overrides, all of which argparse wants together."""
+    flags, overrides, rest = [], [], list(arguments)
+    while rest:
+        item = rest.pop(0)
+        own = item.startswith("-")
+        (flags if own else overrides).append(item)
+        takes = item in WITH_VALUE or (item in ("-i", "--info") and rest and re.fullmatch(r"[a-z][a-z-]*", rest[0]))
+        if own and takes and rest:
+            flags.append(rest.pop(0))
+    return [*flags, *overrides]
+
+
+def is_of_composing(error: BaseException) -> bool:
+    """Whether Hydra raised an error of another library's kind, of what is chosen or of a file: its own are all of composing."""
+    if isinstance(error, YAMLError):
+        return True
+    if isinstance(error, UnicodeDecodeError):
+        return _file_of(error) is not None
+    return isinstance(error, ValueError) and str(error).startswith(("Config group override must be", "Invalid defaults list"))
+
+
+def _file_of(error: UnicodeDecodeError) -> str | None:
+    """Returns the config that Hydra was reading, which only its own frame knows."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((str(frame.f_locals["full_path"]) for frame in frames if "full_path" in frame.f_locals), None)
+
+
+def _no_choice(overrides: Sequence[str]) -> str:
+    """Says what is chosen of a group, where it was no name, and how a group is left out, of which Hydra takes no null."""
+    for override in overrides:
+        name, sign, value = override.lstrip("+").partition("=")
+        group = name.partition("@")[0]
+        if sign and (CONF / group).is_dir() and not isinstance(_value(override), (str, list)):
+            break
+    else:
+        return "what is chosen of a group is a name, and a config chooses null or a number"
     entries = OmegaConf.load(CONF / f"{Path(sys.argv[0]).stem}.yaml").defaults
     unset = any(not isinstance(entry, str) and entry.get(group, "") is None for entry in entries)
-    advice = "leave it out, as nothing is chosen of it by itself" if unset else f"~{group} leaves it out"
-    return f"{item}: what is chosen of a group is a name; {advice}"
+    names = " or ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+    advice = f"give {names}"
+    if value in ("null", "~", ""):
+        if unset:
+            advice = "leave it out, as nothing is chosen of it by itself"
+        elif group in LEFT_OUT:
+            advice = f"~{group} leaves it out"
+    return f"{override}: what is chosen of {group} is a name; {advice}"
+
+
+def _value(override: str) -> Any:
+    """Returns the value of an override as Hydra reads it."""
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return None
 
 
 def is_later_rank() -> bool:
@@ -196,8 +258,18 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
     return given
 
 
-def sentence(error: BaseException) -> str:
-    """Returns an error's text in one line, without where Hydra searched and what it says of itself."""
+def sentence(error: BaseException, overrides: Sequence[str] | None = None) -> str:
+    """Returns an error's text in one line, without where Hydra searched and what it says of itself.
+
+    Args:
+        error: of composing a config.
+        overrides: of the job; by default the command line's.
+    """
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        where = f"{error.problem_mark.name.strip('<>')}, line {error.problem_mark.line + 1}"
+        return f"{where}: {' '.join((error.problem or str(error)).split())}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{_file_of(error)}: it is not text in UTF-8, which configs are; {error.reason} at byte {error.start + 1}"
     if isinstance(error, OverrideParseException):
         run = {"evaluate": "run=", "sample": "run=", "compare": "runs="}.get(Path(sys.argv[0]).stem)
         if run and "=" not in str(error.override):
@@ -206,12 +278,17 @@ def sentence(error: BaseException) -> str:
             f"{error.override} is not KEY=VALUE as Hydra reads it; a value with signs in it takes quotes within quotes, as in "
             "'KEY=\"VALUE\"'"
         )
-    text = str(error).split("Config search path")[0].split("Set the environment variable")[0].split("See https://hydra.cc")[0]
+    told = error
+    while not str(told) and told.__cause__:
+        told = told.__cause__
+    text = str(told).split("Config search path")[0].split("Set the environment variable")[0].split("See https://hydra.cc")[0]
     text = " ".join(text.split())
     if text.startswith("Error merging override") and error.__cause__:
         text = f"{text.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
+    if referred := re.match(r"Error resolving interpolation '\$\{(\w+)\}'", text):  # in a list of defaults
+        return f"{referred[1]} is missing: choose one, as python {Path(sys.argv[0]).name} --help lists them"
     if "Config group override must be" in text:
-        return "null is no name of a choice: leave the group out, or name one"
+        return _no_choice(sys.argv[1:] if overrides is None else overrides)
     absent = re.match(r"Could not override '(\w+)/([^']+)'\. No match in the defaults list\. .* use (\S+)", text)
     if absent:
         return f"{absent[1]}/{absent[2]}: the {absent[1]} that is chosen has none; {absent[3]} adds one, where it takes one"

@@ -12,15 +12,18 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from enum import Enum
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Union
 
+import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from runs.commands import CONF
 
@@ -47,7 +50,7 @@ def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
             suits = name not in hints or fits(value, hints[name])
         except OmegaConfBaseException:  # missing, or refers to what is: said elsewhere
             continue
-        if names is not None and name not in names and name[0] != "_":
+        if names is not None and name not in names and str(name)[0] != "_":
             yield unknown(node, name, names)
         elif isinstance(value, DictConfig):
             yield from wrong_kinds(value, nulls)
@@ -61,8 +64,24 @@ def wrong_kinds(node: DictConfig, nulls: bool = False) -> Iterator[str]:
             if (CONF / group / f"{value}.yaml").is_file():
                 yield f"{key}={value} is a choice, not a setting: give {group}={value}"
                 continue
-            quoted = f", as {key}='\"{value}\"'" if isinstance(value, (int, float)) and fits(str(value), hints[name]) else ""
-            yield f"{key}={value}: give {kind(hints[name])}{quoted}{_odd_one(value, hints[name])}"
+            wanted = f"{kind(hints[name])}{_quoted(key, value, hints[name])}{_odd_one(node, name, hints[name])}"
+            yield f"{key}={_shown(value)}: give {wanted}"
+
+
+def _shown(value: Any) -> Any:
+    """Returns a value as what refers to others comes out."""
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
+
+
+def _quoted(key: str, value: Any, hint: Any) -> str:
+    """Says where quotes are lacking, or are too many."""
+    if isinstance(value, (int, float)) and fits(str(value), hint):
+        return f", as {key}='\"{value}\"'"
+    if isinstance(value, str):
+        with suppress(YAMLError):
+            if fits(yaml.safe_load(value), hint):
+                return ", without quotes"
+    return ""
 
 
 def unknown(node: DictConfig, name: str, names: Iterable[str] = ()) -> str:
@@ -164,15 +183,20 @@ def _parts(value: Sequence[Any], hint: Any) -> tuple[Any, ...]:
     return arguments if typing.get_origin(hint) is tuple and ... not in arguments else arguments[:1] * len(value)
 
 
-def _odd_one(value: Any, hint: Any) -> str:
-    """Returns which part of a list is not as the others should be, in words."""
+def _odd_one(node: DictConfig, name: str, hint: Any) -> str:
+    """Returns which part of a list is not as the others should be, in words, and which setting it comes from."""
+    value = node[name]
     if not isinstance(value, (ListConfig, list)) or not _is_sequence(typing.get_origin(hint) or hint):
         return ""
     each = _parts(value, hint)
     if len(value) != len(each):
         return ""
-    odd = next((part for part, asked in zip(value, each, strict=True) if not fits(part, asked)), None)
-    return "" if odd is None else f", {odd!r} is none"
+    odd = [(i, part) for i, (part, asked) in enumerate(zip(value, each, strict=True)) if not fits(part, asked)]
+    if not odd:
+        return ""
+    raw = value._get_node(odd[0][0])._value() if isinstance(value, ListConfig) else None
+    source = f" (of {raw[2:-1]})" if isinstance(raw, str) and raw.startswith("${") else ""
+    return f", {odd[0][1]!r}{source} is none"
 
 
 def _alternatives(hint: Any) -> list[str]:

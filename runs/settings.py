@@ -26,6 +26,7 @@ from datamodules.sampling import at_least
 from lightning_modules import LikelihoodModule
 from lightning_modules.metric import TERMS
 from lightning_modules.sharding import unshardable
+from losses.checks import is_whole
 from runs.build import SettingError, plain
 from runs.devices import check_processes
 from runs.directory import higher_is_better
@@ -86,26 +87,30 @@ def check_settings(cfg: DictConfig) -> None:
     for group in ("model", "data", "trainer"):
         if not isinstance(cfg.get(group), DictConfig):
             raise SettingError(f"{group} is missing: choose one, as python train.py --help lists them")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
-        raise SettingError(f"seed={cfg.seed}: give an integer from 0 to 4294967295")
+    if not is_whole(cfg.seed, 0) or cfg.seed >= 2**32:
+        unquoted = ", without quotes" if isinstance(cfg.seed, str) and cfg.seed.isdecimal() else ""
+        raise SettingError(f"seed={cfg.seed}: give an integer from 0 to 4294967295{unquoted}")
     for name, instead in ELSEWHERE.items():
         if name in cfg.trainer:
             raise SettingError(f"trainer.{name}={cfg.trainer[name]}: leave it out and set {instead}")
-    check_precision("trainer", cfg.trainer.precision)
+    longest = plain(cfg.trainer).get("max_time")
+    if longest is not None and not _seconds(longest) > 0:
+        raise SettingError(f"trainer.max_time={longest}: give DD:HH:MM:SS, as in 00:12:00:00 for twelve hours")
+    check_precision("trainer", cfg.trainer.get("precision"))
     check_devices("trainer", cfg.trainer.get("devices"))
     # the data's first, to which the model's refer; of the model, too, before data is read
     if wrong := next(chain(wrong_kinds(cfg.data), wrong_kinds(cfg)), None):
         raise SettingError(wrong)
     _check_types(cfg)
     _check_scaled_gradients(cfg)
-    if "spawn" in str(cfg.trainer.strategy):
+    if "spawn" in str(cfg.trainer.get("strategy")):
         raise SettingError(
             f"trainer.strategy={cfg.trainer.strategy} would send the run to new processes, which cannot take all of it: choose "
             "trainer=ddp or trainer=ddp_cpu, whose processes begin as this one did"
         )
     _check_lengths(cfg)
     _check_monitor(cfg)
-    if cfg.trainer.num_nodes > 1 and not any(name in os.environ for name in MANY_RANKS):
+    if cfg.trainer.get("num_nodes", 1) > 1 and not any(name in os.environ for name in MANY_RANKS):
         raise SettingError(
             f"trainer.num_nodes={cfg.trainer.num_nodes}, but nothing says where the other nodes are: start by torchrun or in a "
             "SLURM job, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on every node"
@@ -168,7 +173,7 @@ def check_devices(group: str, devices: Any) -> None:
 
 def _check_scaled_gradients(cfg: DictConfig) -> None:
     clipped = cfg.trainer.get("gradient_clip_val") and OmegaConf.select(cfg, "model.optimizer.fused")
-    if str(cfg.trainer.precision) == "16-mixed" and clipped:
+    if str(cfg.trainer.get("precision")) == "16-mixed" and clipped:
         raise SettingError(
             "trainer.precision=16-mixed scales gradients, which a fused optimiser takes back only after they are clipped: "
             "choose bf16-mixed, or add model.optimizer.fused=false"
@@ -185,9 +190,6 @@ def _check_lengths(cfg: DictConfig) -> None:
         raise SettingError(
             f"trainer.val_check_interval={interval}: give a number of batches of at least 1, or a fraction up to 1.0"
         )
-    longest = plain(cfg.trainer).get("max_time")
-    if longest is not None and not _seconds(longest) > 0:
-        raise SettingError(f"trainer.max_time={longest}: give DD:HH:MM:SS, as in 00:12:00:00 for twelve hours")
     for unit in ("epochs", "steps"):
         least, most = cfg.trainer.get(f"min_{unit}"), cfg.trainer.get(f"max_{unit}")
         if None not in (least, most) and 0 <= most < least:
@@ -221,7 +223,10 @@ def chosen_callbacks(cfg: DictConfig) -> dict[str, DictConfig]:
     Raises:
         SettingError: if one is given a value where it has settings.
     """
-    chosen = {name: part for name, part in (cfg.get("callbacks") or {}).items() if part is not None}
+    group = cfg.get("callbacks")
+    if group is not None and not isinstance(group, DictConfig):
+        raise SettingError(f"callbacks={group}: leave it alone, or change a setting in it, as in callbacks.NAME.SETTING=VALUE")
+    chosen = {name: part for name, part in (group or {}).items() if part is not None}
     for name, part in chosen.items():
         if not isinstance(part, DictConfig):
             raise SettingError(f"callbacks.{name}={part}: ~callbacks.{name} leaves it out")

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from runs.directory import is_held
 from runs.entry import INTERRUPTED, refusal, sentence, start
@@ -141,9 +142,9 @@ class SweepReport(Callback):
             cfg = compose(config.hydra.job.config_name, overrides=list(overrides), return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
             job = job_name(cfg, not_shared(overrides, config.hydra.overrides.task))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
             place.mkdir(exist_ok=True)
-            write_state(place, "failed", overrides, sentence(error))
+            write_state(place, "failed", overrides, sentence(error, overrides))
             return place, None
         shutil.rmtree(place, ignore_errors=True)  # it could not be composed once
         return self.directory / job, cfg

@@ -31,6 +31,8 @@ BEFORE = "-before-"  # in the name of what a job left before sweep.fresh=true ra
 
 def wrong_switch(cfg: DictConfig) -> str | None:
     """Returns a sentence for a switch of a sweep that is neither true nor false; ``None`` if there is none."""
+    if not isinstance(cfg.get("sweep"), DictConfig):
+        return f"sweep={cfg.get('sweep')}: leave it alone, or set {' or '.join(SWITCHES)}"
     for name in SWITCHES:
         value = OmegaConf.select(cfg, name)
         if value is not None and not isinstance(value, bool):

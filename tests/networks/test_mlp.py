@@ -110,7 +110,10 @@ def test_log_std_is_bounded_and_keeps_its_gradient(sign):
     [
         (lambda: MLPEncoder((1, 4, 4), 3, hidden_dim=0), "hidden_dim must be an integer of at least 1, got 0"),
         (lambda: MLPEncoder((1, 4, 4), 0), "latent_dim must be an integer of at least 1, got 0"),
-        (lambda: MLPDecoder((1, 4, 4), 3, 2, num_blocks=0), "num_blocks must be an integer of at least 1, got 0"),
+        (
+            lambda: MLPDecoder((1, 4, 4), 3, 2, num_blocks=0),
+            "num_blocks must be an integer of at least 1 and at most 10000, got 0",
+        ),
         (lambda: MLPDenoiser((1, 4, 4), hidden_dim=2.5), r"hidden_dim must be an integer of at least 1, got 2\.5"),
         (lambda: MLPDenoiser((1, 4, 4), dropout=1.0), "dropout must be a probability"),
         (lambda: MLPDenoiser((1, 4, 4), pixel_features=0), "pixel_features must be an integer of at least 1, got 0"),

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from runs.build import SettingError
-from runs.entry import loading, start, take_lazy_help
+from runs.entry import flags_first, loading, start, take_lazy_help
 from runs.interrupts import end_at_once, listen
 from runs.lifelines import BEGUN_BY
 from runs.names import check_names
@@ -22,7 +23,8 @@ from tests.jobs import ROOT, command
 OF_NO_RANK = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "SLURM_PROCID", BEGUN_BY)}
 
 
-def test_the_collector_leaves_alone_what_is_imported_and_searches_what_comes_after():
+def test_the_collector_leaves_alone_what_is_imported_and_searches_what_comes_after(monkeypatch):
+    monkeypatch.setattr("runs.entry._loaded", False)
     before = gc.get_freeze_count()
     with loading():
         assert not gc.isenabled()
@@ -33,9 +35,18 @@ def test_the_collector_leaves_alone_what_is_imported_and_searches_what_comes_aft
     cycle.append(cycle)
     del cycle
     assert gc.collect() > 0
+    frozen = gc.get_freeze_count()
+    left = [cycle := []]  # by a job of a sweep
+    cycle.append(left)
+    with loading():  # by the next one
+        pass
+    assert gc.get_freeze_count() <= frozen
+    del left, cycle
+    assert gc.collect() > 0
 
 
-def test_the_collector_works_on_where_an_import_fails():
+def test_the_collector_works_on_where_an_import_fails(monkeypatch):
+    monkeypatch.setattr("runs.entry._loaded", False)
     with pytest.raises(ModuleNotFoundError), loading():
         import no_such_module  # noqa: F401
     assert gc.isenabled()
@@ -152,7 +163,9 @@ def test_argparse_takes_help_that_is_no_text_yet_and_checks_the_rest(monkeypatch
         ("evaluate.py run=x +devices=2", "devices=2: nothing reads it; is it fabric.devices?"),
         ("sample.py run=x +split=val", "split=val: nothing reads it; leave it out"),
         ("sample.py outputs/run", "outputs/run is not KEY=VALUE: write run=outputs/run"),
-        ("sample.py run=x sampler=null", "sampler=null: what is chosen of a group is a name; leave it out"),
+        ("sample.py run=x sampler=null", "sampler=null: what is chosen of sampler is a name; leave it out"),
+        ("sample.py run=x fabric=null", "fabric=null: what is chosen of fabric is a name; give default"),
+        ("sample.py run=x ~num", "num is left out by ~num, and the command reads it"),
         ("compare.py runs=x +metrics=1", "metrics=1: nothing reads it; is it metric?"),
         ("prepare.py out=x +sourc=1", "sourc=1: nothing reads it; is it source?"),
     ],
@@ -165,12 +178,40 @@ def test_every_command_refuses_what_nothing_reads(line, sentence, tmp_path):
     assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
 
 
+def test_flags_may_stand_between_overrides():
+    line = "model=vae --config-dir here seed=1 -m --cfg job ~logger --config-dir=x --info --info all a=b"
+    flags = "--config-dir here -m --cfg job --config-dir=x --info --info all"
+    assert flags_first(line.split()) == [*flags.split(), "model=vae", "seed=1", "~logger", "a=b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("open", b"model: [1\n", r"\S*/experiment/open.yaml, line 2: expected ',' or ']'"),
+        ("latin", b"# \xe9\n", r"\S*/experiment/latin.yaml: it is not text in UTF-8, which configs are; .* at byte 3"),
+        ("twice", b"model:\n  num_steps: 1\n  num_steps: 2\n", r"\S*/experiment/twice.yaml, line 3: found duplicate key"),
+        ("three", b"defaults: 3\n", "Invalid defaults list in 'experiment/three'"),
+        ("half", b"# @package _global_\nmodel:\n  num_steps: ${a\n", r"no viable alternative at input '\$\{a'"),
+        ("number", b"# @package _global_\nmodel: {1: 2}\n", "model cannot be built with .* 1=2: keywords must be strings"),
+        ("none", b"# @package _global_\ncallbacks: 3\n", "callbacks=3: leave it alone, or change a setting in it"),
+    ],
+)
+def test_a_config_of_ones_own_that_is_none_is_named_in_one_line(name, text, sentence, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / f"{name}.yaml").write_bytes(text)
+    done = command(f"experiment={name}", "--config-dir", f"{tmp_path}/own", "trainer.max_steps=1", cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert re.match(f"error: {sentence}", line)
+    assert done.returncode == 1
+
+
 def test_what_another_setting_refers_to_is_read(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    own = dict.fromkeys(("seed", "ckpt", "compile", "paths", "sweep"))
     for reference in ("${width}", "${oc.decode:${width}}", "${oc.select:width,3}", "${width[0]}"):
-        check_names(OmegaConf.create({"width": 3, "model": {"size": reference}}), "train")
+        check_names(OmegaConf.create(own | {"width": 3, "model": {"size": reference}}), "train")
     with pytest.raises(SettingError, match=r"^width=3: nothing reads it"):
-        check_names(OmegaConf.create({"width": 3, "model": {"size": "${width_of}", "name": "a:width"}}), "train")
+        check_names(OmegaConf.create(own | {"width": 3, "model": {"size": "${width_of}", "name": "a:width"}}), "train")
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "sample", "compare", "prepare"])
