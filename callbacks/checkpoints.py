@@ -264,6 +264,8 @@ def _check_readable(checkpoint: dict[str, Any]) -> None:
 
 def _is_validated_in_part(fit_loop: dict[str, Any]) -> bool:
     """Whether the validation after the last batch was cut off, and is to be done again."""
+    if fit_loop["epoch_loop.val_loop.batch_progress"]["is_last_batch"]:  # it has been: the totals tell the two apart no more
+        return False
     batches, epochs = fit_loop["epoch_loop.val_loop.batch_progress"]["total"], fit_loop["epoch_progress"]["current"]
     cut = batches["started"] == batches["ready"] == batches["processed"] + 1
     return cut and epochs["processed"] < epochs["ready"]

@@ -31,8 +31,10 @@ class LastValidation(Callback):
                 stop.patience = patience
                 trainer.should_stop |= out_of_patience(stop)
             loop.setup_data()
-            done = loop.epoch_loop.val_loop.batch_progress.total
-            if not loop.skip or not done.started == done.ready == done.processed + 1:
+            batches = loop.epoch_loop.val_loop.batch_progress
+            done = batches.total
+            cut = done.started == done.ready == done.processed + 1 and not batches.is_last_batch
+            if not loop.skip or not cut:
                 return run()
             trainer.validating = True
             loop.epoch_loop.val_loop.run()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,28 @@ class StopTogether(StopsAfterBatch):
         for number in heard:
             if callable(signal.getsignal(number)) or number != signal.SIGINT:  # in a shell's background it is ignored
                 signal.signal(number, self._ask)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens in the validation that a run goes on with, before it trains."""
+        super().on_validation_start(trainer, pl_module)
+        self._end_alone(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens in the test."""
+        self._end_alone(trainer)
+
+    def _end_alone(self, trainer: Trainer) -> None:
+        """Has SIGTERM end this rank after its batch where ranks do not agree: those that wait for it see it go."""
+        listening = signal.getsignal(signal.SIGTERM) == self._ask
+        if trainer.world_size > 1 and not listening and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, partial(self._end, trainer))
+
+    @staticmethod
+    def _end(trainer: Trainer, number: int, _: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if launcher is not None and not trainer.received_sigterm:
+            launcher.kill(number)  # the ranks that this one has begun
+        trainer._signal_connector.received_sigterm = True
 
     def _ask(self, number: int, _: Any) -> None:
         if self._asked and (number == signal.SIGINT or time.monotonic() - self._since > PATIENCE):

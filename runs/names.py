@@ -53,7 +53,7 @@ def check_names(cfg: DictConfig, command: str) -> None:
     groups = {key.split()[-1].split("@")[0] for entry in own.defaults if not isinstance(entry, str) for key in entry}
     text = OmegaConf.to_yaml(cfg)
     for name in own:
-        if name not in ("defaults", "hydra") and name not in cfg:
+        if name not in ("defaults", "hydra", *cfg.keys()):
             raise SettingError(f"{name} is left out by ~{name}, and the command reads it: leave it alone, or give a value")
     for name in cfg:
         referred = re.search(rf"\$\{{([\w.]+:)?{re.escape(str(name))}[.,\[}}]", text)  # as in ${name}, ${oc.decode:${name}}

@@ -74,6 +74,31 @@ def test_a_thread_that_cannot_listen_does_not():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("begin", ["on_test_start", "on_validation_start"])
+def test_where_ranks_do_not_agree_one_ends_by_itself_and_tells_those_that_it_has_begun(begin):
+    told = []
+    control = SimpleNamespace(received_sigterm=False)
+    strategy = SimpleNamespace(launcher=SimpleNamespace(kill=told.append))
+    ranks = SimpleNamespace(world_size=2, strategy=strategy, _signal_connector=control, received_sigterm=False)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        getattr(StopTogether(), begin)(ranks, MODULE)
+        terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert control.received_sigterm  # looked at after this batch
+    assert told == [signal.SIGTERM]
+
+
+def test_a_validation_in_training_leaves_the_decision_to_all_ranks(callback):
+    callback.on_validation_start(RANKS, MODULE)
+    RANKS._signal_connector.received_sigterm = False
+    terminate()
+    assert not RANKS._signal_connector.received_sigterm
+    callback.on_train_batch_end(RANKS, MODULE, None, None, 0)
+    assert callback.stopped_by == signal.SIGTERM
+
+
 def test_a_rank_that_hangs_is_ended_by_a_later_one(monkeypatch):
     child = os.fork()
     if not child:

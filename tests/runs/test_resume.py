@@ -165,6 +165,11 @@ def test_the_last_validation_that_is_cut_off_is_done_again_though_no_step_is_lef
     figures = [result(tmp_path / name / "run") for name in ("parts", "whole")]
     assert figures[0]["objective"] == figures[1]["objective"]
     assert figures[0]["metrics"] == figures[1]["metrics"]
+    for last_step in (30, 40):  # it has been done: neither a start without a step left, nor one that trains on, adds to it
+        for name in ("parts", "whole"):
+            run_here(tmp_path / name, *settings, f"trainer.max_steps={last_step}", "ckpt=last")
+        parts, whole = ([row | {"epoch": ""} for row in rows(tmp_path / name)] for name in ("parts", "whole"))
+        assert parts == whole
 
 
 def test_what_validation_draws_from_is_resumed_too(tmp_path, monkeypatch):
