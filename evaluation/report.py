@@ -134,11 +134,13 @@ def write_new(directory: Path, record: dict[str, Any], pictures: dict[str, Any])
 
     with one_writer(directory):
         with whole(target) as draft:
-            draft.write_text(as_json(record))  # before the earlier one is moved: there may be no room for it
-            number = first_free(lambda number: any(path.exists() for path in kept(number)))
-            for path, place in zip((target, plots), kept(number), strict=True):
-                if path.exists():
-                    path.rename(place)
+            draft.write_text(as_json(record))  # before the earlier one is kept: there may be no room for it
+            earlier, its_plots = kept(first_free(lambda number: any(path.exists() for path in kept(number))))
+            if target.exists():  # which stays until the new one takes its place: however this ends, there is one
+                with whole(earlier) as copy:
+                    copy.write_bytes(target.read_bytes())
+            if plots.exists():
+                plots.rename(its_plots)
         for name, picture in pictures.items():
             plots.mkdir(parents=True, exist_ok=True)
             write_picture(plots / f"{name}.png", picture)

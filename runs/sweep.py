@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
-from runs.directory import is_held
+from runs.directory import HeldElsewhere, hold, is_held
 from runs.entry import INTERRUPTED, refusal, sentence, start
 from runs.identity import digest, job_name
 from runs.lifelines import in_worker, is_lightnings
@@ -97,6 +97,11 @@ class SweepReport(Callback):
             signal.signal(signal.SIGINT, self._stop)
         self.searches = is_search(config.hydra.sweeper)
         if self.searches:
+            try:  # until this process ends
+                self._held = ExitStack()
+                self._held.enter_context(hold(self.directory, wait=0))
+            except HeldElsewhere:
+                sys.exit(f"error: hydra.sweep.dir={self.directory}: another process is at this search; wait for its end")
             if config.sweep.fresh and (self.directory / STUDY).exists():
                 move_aside(self.directory / STUDY)
             # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies

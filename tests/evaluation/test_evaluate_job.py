@@ -404,6 +404,28 @@ def test_an_importance_weighted_bound_that_few_draws_carry_says_so():
     assert line(30.0).endswith("30.0 effective samples")
 
 
+def test_a_record_stays_until_the_new_one_takes_its_place_and_with_its_pictures(tmp_path, monkeypatch):
+    def record(name):
+        return json.loads((tmp_path / f"{name}.json").read_text())["number"]
+
+    write_new(tmp_path, {"number": 1}, {})
+    (tmp_path / "plots" / "evaluation").mkdir(parents=True)
+    (tmp_path / "plots" / "evaluation" / "1.png").touch()
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            write_new(tmp_path, {"number": 2}, {})
+    assert record("evaluation") == 1
+    write_new(tmp_path, {"number": 3}, {})
+    assert record("evaluation") == 3
+    (pictures,) = tmp_path.glob("plots/*/1.png")
+    assert record(pictures.parent.name) == 1
+
+
 def test_data_that_was_moved_is_found_by_data_root(runs, tmp_path):
     write_folder(tmp_path / "pictures", pictures(50, 8, 8, 3))
     data = ("data=image_folder", f"data.root={tmp_path}/pictures", "data.image_size=8", "data.batch_size=8")

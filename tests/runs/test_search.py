@@ -7,6 +7,7 @@ import signal
 import pytest
 from omegaconf import OmegaConf
 
+from runs.directory import hold
 from runs.search import go_on, other_study
 from runs.sweep import SweepReport, run_sweep
 from tests.jobs import QUICK, command, result, run_here
@@ -76,6 +77,15 @@ def test_a_trial_that_cannot_be_composed_has_failed_and_the_search_goes_on(tmp_p
     assert done.returncode == 1
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
     assert [path.parent.name.split("-")[0] for path in sweep.glob("*/result.json")] == ["vae"]
+
+
+def test_a_search_that_another_process_is_at_is_refused(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ("-m", "hydra/sweeper=search", "model=vae", "model.beta=0.5,2", f"hydra.sweep.dir={tmp_path}")
+    with hold(tmp_path):
+        done = command(*search, cwd=tmp_path)
+    assert done.stderr == f"error: hydra.sweep.dir={tmp_path}: another process is at this search; wait for its end\n"
+    assert (done.returncode, (tmp_path / "study.db").exists()) == (1, False)
 
 
 def test_a_search_without_a_success_ends_with_its_summary(tmp_path, monkeypatch, capsys):
