@@ -10,7 +10,7 @@ the information that z keeps of which image it came from, and the mismatch that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -71,38 +71,79 @@ def measure_latents(
             parts.append(torch.stack([latent.kl_of_units(), latent.q.mean, log_std, latent.z, log_p], 1).flatten(2))
         return torch.stack(parts, 1)
 
-    batches = [values for _, values in over_batches(rows, numbers_of, fabric, batch_size, done, share=False)]
-    values = torch.cat(batches).unflatten(0, (len(rows.order), rows.replicates))  # (N, R, T, 5, d)
-    kl, mean, log_std, z, log_p = values.permute(3, 2, 0, 1, 4)
-    latents = []
-    for t in range(len(kl)):
-        within = mean[t].var(1).mean(0) / rows.replicates
-        # the means of a few draws vary more over images than E[z_t|x] does: by the draws' own variance
-        spread = (mean[t].mean(1).var(0) - within).clamp(min=0)
-        flat = z[t].flatten(0, 1)
-        latents.append(LatentBalance(kl[t].mean((0, 1)), spread, flat.mean(0), flat.var(0)))
-    aggregate = {}
-    if len(latents) == 1:
-        q = DiagGaussian(mean[0, :, 0], log_std[0, :, 0])
-        aggregate = _surgery(q, z[0, :, 0], log_p[0, :, 0].sum(1), kl[0, :, 0].sum(1))
-    return latents, aggregate
+    kls, means, within, draws = (_Moments() for _ in range(4))
+    kept = []  # of one latent alone: what the aggregate needs, two draws of each image
+    for values in _by_image(rows, over_batches(rows, numbers_of, fabric, batch_size, done, share=False)):
+        kl, mean, log_std, z, log_p = values.permute(3, 2, 0, 1, 4)  # each (T, b, R, d)
+        kls.add(kl.flatten(1, 2))
+        means.add(mean.mean(2))
+        within.add(mean.var(2))
+        draws.add(z.flatten(1, 2))
+        if len(kl) == 1:
+            kept.append((mean[0, :, 0], log_std[0, :, 0], z[0, :, :2], log_p[0, :, :2].sum(2), kl[0, :, 0].sum(1)))
+    # the means of a few draws vary more over images than E[z_t|x] does: by the draws' own variance
+    spread = (means.variance - within.mean / rows.replicates).clamp(min=0)
+    latents = [LatentBalance(*parts) for parts in zip(kls.mean, spread, draws.mean, draws.variance, strict=True)]
+    if not kept:
+        return latents, {}
+    mean, log_std, z, log_p, kl = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return latents, _surgery(DiagGaussian(mean, log_std), z, log_p, kl)
+
+
+def _by_image(rows: Rows, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Yields the values of all draws of some images, (b, R, *): batches of rows may end within an image."""
+    pending = None
+    for _, values in batches:
+        pending = values if pending is None else torch.cat([pending, values])
+        whole = len(pending) // rows.replicates * rows.replicates
+        if whole:
+            yield pending[:whole].unflatten(0, (-1, rows.replicates))
+        pending = pending[whole:]
+
+
+class _Moments:
+    """Mean and variance of (T, n, d) over all n that come in parts (Chan et al. 1983), each (T, d)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self._squares = 0, torch.tensor(0.0), torch.tensor(0.0)
+
+    def add(self, values: Tensor) -> None:
+        """Adds a part."""
+        num, mean = values.shape[1], values.mean(1)
+        shift, count = mean - self.mean, self.count + num
+        self._squares = (
+            self._squares + (values - mean.unsqueeze(1)).square().sum(1) + shift.square() * (self.count * num / count)
+        )
+        self.mean = self.mean + shift * (num / count)
+        self.count = count
+
+    @property
+    def variance(self) -> Tensor:
+        """Over one less than there are."""
+        return self._squares / (self.count - 1)
 
 
 def _surgery(q: DiagGaussian, z: Tensor, log_p: Tensor, kl: Tensor) -> dict[str, float]:
-    """I_q(x; z) and KL(q(z) ‖ p(z)), which sum to the mean KL, from one draw of each q(z|x_i).
+    """I_q(x; z) and KL(q(z) ‖ p(z)), which sum to the mean KL, from two draws of each q(z|x_i).
 
     Args:
         q: (N, d).
-        z: the draws, (N, d).
-        log_p: ln p(z) of each, (N,).
+        z: the draws, (N, 2, d).
+        log_p: ln p(z) of each, (N, 2).
         kl: KL(q(z|x_i) ‖ p(z)), (N,).
     """
-    own, marginal = q.log_prob(z), _mixture_log_prob(q, z)
-    # the draws' part of ln q(z|x) - ln p(z), of mean 0: the two share it as they vary with it
-    noise = own - log_p - kl
-    told = own - marginal
-    share = ((told - told.mean()) * noise).sum() / noise.square().sum().clamp(min=torch.finfo(noise.dtype).tiny)
-    information = (told - share * noise).mean().item()
+    told, noise = [], []
+    for draw, prior in zip(z.unbind(1), log_p.unbind(1), strict=True):
+        own = q.log_prob(draw)
+        told.append(own - _mixture_log_prob(q, draw))
+        noise.append(own - prior - kl)  # the draws' part of ln q(z|x) - ln p(z), of mean 0
+    # the two share it as they vary with it: as the other draws say, since a share of one's own would be biased
+    shares = [
+        ((a - a.mean()) * b).sum() / b.square().sum().clamp(min=torch.finfo(b.dtype).tiny)
+        for a, b in zip(told, noise, strict=True)
+    ]
+    parts = [a - share * b for a, b, share in zip(told, noise, reversed(shares), strict=True)]
+    information = torch.stack(parts).mean().item()
     return {"mutual_information": information, "marginal_kl": kl.mean().item() - information}
 
 

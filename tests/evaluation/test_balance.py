@@ -190,6 +190,42 @@ def test_the_split_has_little_noise_where_the_aggregate_is_near_the_prior(std):
     assert found.std().item() < 0.3 * plain
 
 
+@pytest.mark.parametrize("num", [3, 10])
+def test_the_split_of_few_images_has_no_bias(num):
+    """A control's coefficient that is fitted to the draws that it corrects would give the first some fifth too little."""
+    generator = torch.Generator().manual_seed(num)
+    mean, log_std = (
+        torch.randn(num, 1, generator=generator).double(),
+        0.2 * torch.randn(num, 1, generator=generator).double() - 0.7,
+    )
+    q = DiagGaussian(mean, log_std)
+    grid = torch.linspace(-12, 12, 40_001).double()
+    log_q = MixtureSameFamily(Categorical(torch.ones(num)), Normal(mean[:, 0], log_std[:, 0].exp())).log_prob(grid)
+    exact = torch.trapezoid(log_q.exp() * (log_q - Normal(0.0, 1.0).log_prob(grid)), grid).item()
+    prior = DiagGaussian.standard(mean)
+    kls = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(1)
+    found = []
+    torch.manual_seed(0)
+    for _ in range(2000):
+        z = torch.stack([q.sample(), q.sample()], 1)
+        log_p = torch.stack([prior.log_prob(draw) for draw in z.unbind(1)], 1)
+        found.append(balance._surgery(q, z, log_p, kls)["marginal_kl"])
+    found = torch.tensor(found)
+    assert found.mean().item() == pytest.approx(exact, abs=4 * found.std().item() / math.sqrt(2000))
+
+
+def test_an_evaluation_holds_no_more_of_a_hierarchys_numbers_than_a_batch_of_them(monkeypatch):
+    held = []
+    usual = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts, *rest: (held.append(sum(map(len, parts))), usual(parts, *rest))[1])
+    model = MHVAELightningModule(
+        MarkovPosterior(Encoder([lambda x: x], [0.5]), [Affine(0.7, 0.6)], depth=2, latent_dim=1),
+        Decoder(), depth=2, latent_dim=1, transition=[Affine(0.9, 0.8)], **COMMON,
+    ).double()  # fmt: skip
+    measured(model, torch.randn(300), batch_size=20)
+    assert max(held) < 20 + 8
+
+
 @pytest.mark.parametrize(("std", "digits"), [(1.0, 1e-12), (1e-3, 1e-7), (1e-5, 1e-2)])
 def test_the_aggregate_posterior_is_the_mixture_of_all(std, digits, monkeypatch):
     monkeypatch.setattr(balance, "AT_ONCE", 7)
