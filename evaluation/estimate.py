@@ -23,6 +23,7 @@ PROFILE_IMAGES = 32
 PILOT_IMAGES = 32
 MARGIN = 1.3  # the pilot's variance is an estimate itself
 MOST_REPLICATES = 1000
+MOST_DRAWS = 10**6  # of one image, where they are asked for
 
 
 @dataclass(frozen=True, eq=False)

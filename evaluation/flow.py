@@ -52,7 +52,8 @@ class ProbabilityFlow:
 
     Args:
         model: a DDPM.
-        tolerance: of the solver (scipy's adaptive RK45), absolute and relative.
+        tolerance: of the solver (scipy's adaptive RK45), absolute and relative, at each step: what it adds up to is
+            :func:`solver_error`'s to say.
         exact_up_to: the largest D whose divergence is summed exactly, one backward pass for each dimension; above it one
             Rademacher probe a dequantisation estimates it, unbiased (Hutchinson 1990).
     """
@@ -75,7 +76,7 @@ class ProbabilityFlow:
             f"probability-flow ODE of the trained chain{dequantised}: another model (deterministic) and another protocol than "
             "the ELBO's, not a bound on the same likelihood"
         )
-        return {"protocol": protocol, "divergence": divergence, "tolerance": self.tolerance, "solver": "scipy RK45"}
+        return {"protocol": protocol, "divergence": divergence, "tolerance_per_step": self.tolerance, "solver": "scipy RK45"}
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         """Returns ln P of levels, or ln p of continuous data, with one dequantisation each: x (B, C, H, W) -> (B,), nats."""

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from evaluation.begin import build_fabric, check_groups, check_kinds, open_run, place, say
-from evaluation.estimate import estimate_bound
+from evaluation.estimate import MOST_DRAWS, estimate_bound
 from evaluation.estimators import Estimator
 from evaluation.extras import extra_lines, extras
 from evaluation.report import bound_record, bound_table, evaluation_record, write_new
@@ -18,7 +18,7 @@ from runs.build import SettingError, build_part
 from runs.names import check_names
 from runs.speech import quiet_libraries
 
-MOST_DRAWS = 10**6  # of one image
+FINEST = 1e-10  # tolerance of the flow's solver: a hundredth of it, which tells the error, is still above float64's rounding
 
 
 def run(cfg: DictConfig) -> tuple[float, bool]:
@@ -87,6 +87,9 @@ def check_settings(cfg: DictConfig) -> None:
         raise SettingError(
             f"precision={cfg.precision} must be above 0: it is the wished standard error of the noise, in bits/dim"
         )
+    tolerance = cfg.flow_tolerance
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not FINEST <= tolerance <= 1:
+        raise SettingError(f"flow_tolerance={tolerance}: give a number from {FINEST} to 1, the solver's error at each step")
     least = {"batch_size": 1, "iwae_samples": 0, "probability_flow": 0, "seed": 0, "replicates": 1, "max_images": 2}
     most = dict.fromkeys(("iwae_samples", "probability_flow", "replicates"), MOST_DRAWS)
     check_kinds(cfg, least, ("balance", "pictures"), optional=("replicates", "max_images"), most=most)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig
 from rich.table import Table
 
-from evaluation.estimate import Bound
+from evaluation.estimate import MOST_DRAWS, Bound
 from evaluation.profile import StepMoments, rate_and_distortion
 from evaluation.saved import SavedRun
 from lightning_modules import LikelihoodModule
@@ -63,7 +63,10 @@ def steps_record(moments: StepMoments, model: LikelihoodModule) -> dict[str, Any
 def bound_table(bound: Bound, model: LikelihoodModule, title: str) -> Table:
     """Returns the table of the terms with their errors: over images, and of the estimate's noise."""
     state = f"interrupted: {len(bound.order)} images so far; " if bound.interrupted else ""
-    missed = f"; for the wished precision of the noise: replicates={bound.enough}" if bound.enough else ""
+    missed = ""
+    if bound.enough is not None:
+        wanted = f"replicates={bound.enough}" if bound.enough <= MOST_DRAWS else f"more than {MOST_DRAWS:,} replicates"
+        missed = f"; for the wished precision of the noise: {wanted}"
     apart = bound.replicates > 1
     number = f"{bound.replicates} replicates of {len(bound.order)}" if apart else f"one estimate of each of {len(bound.order)}"
     errors = "s: of other images (images), of another seed (noise)" if apart else " of both: replicates=2 tells them apart"

@@ -69,6 +69,8 @@ class LikelihoodModule(LightningModule, ABC):
     Attributes:
         consistency: whether the bound is of the three-variable form: matching is a log ratio ln q/p along one drawn chain, of
             either sign for an image, and the prior term is the KL of z_T given z_{T-1}. A table then names them so.
+        evens_out: whether a test's images share low-discrepancy draws, whose errors cancel over images: a standard error that
+            takes images for independent is then too large, never too small.
         train_row: numbers that callbacks add to the next row of training metrics, by name.
         num_scored: images of the last validation or test, over all ranks: fewer than there are where batches are limited.
 
@@ -79,7 +81,7 @@ class LikelihoodModule(LightningModule, ABC):
         lr_scheduler: (step, total steps) -> factor of the learning rate.
     """
 
-    consistency = False
+    consistency = evens_out = False
 
     def __init__(
         self,

@@ -247,10 +247,15 @@ class DDPMLightningModule(LikelihoodModule):
         x0 = self.to_unit(x)
         return torch.cat([self._every_step_kl(x0), self.process.prior_kl(x0).unsqueeze(0)])
 
+    @property
+    def evens_out(self) -> bool:
+        """See :class:`LikelihoodModule`: where steps are drawn."""
+        calls = self.calls["test"]
+        return calls is not None and calls < self.num_steps
+
     def protocol(self) -> dict[str, Any]:
         """See :meth:`LikelihoodModule.protocol`."""
-        calls = self.calls["test"]
-        every = calls is None or calls >= self.num_steps
+        calls, every = self.calls["test"], not self.evens_out
         how = "every step, one noise draw each" if every else "t = 1 and steps drawn by importance, unbiased"
         return {"estimator": how, "network_calls_per_image": self.num_steps if every else calls, "num_steps": self.num_steps}
 

@@ -47,9 +47,8 @@ def table(metrics: dict[str, float], model: LikelihoodModule, title: str) -> Tab
     """Returns the table of the four terms, in nats and, for data with levels, in bits/dim, each with its standard error."""
     levels, titles = model.levels, CONSISTENCY if model.consistency else TITLES
     unit = "nats per image" if levels is not None else "nats (log-density)"
-    table = Table(
-        title=title, title_justify="left", caption="± one standard error over the test images", caption_justify="left"
-    )
+    error_bar = "at most one standard error (steps are drawn evenly over images)" if model.evens_out else "one standard error"
+    table = Table(title=title, title_justify="left", caption=f"± {error_bar} over the test images", caption_justify="left")
     table.add_column("term of −ELBO")
     table.add_column(unit, justify="right")
     if levels is not None:

@@ -196,6 +196,8 @@ def test_where_a_pilot_would_cost_too_much_the_table_says_what_the_wished_precis
     (enough,) = re.findall(r"wished\s+precision\s+of\s+the\s+noise:\s+replicates=(\d+)", capsys.readouterr().out)
     noise = record(run)["bpd_se_noise"]
     assert int(enough) == math.ceil(2 * (noise / 0.004) ** 2) > 2
+    evaluate_here(run, "precision=1e-9", "evaluation=full", "max_images=8", *QUICK)
+    assert re.search(r"wished\s+precision\s+of\s+the\s+noise:\s+more\s+than\s+1,000,000\s+replicates", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("name", "estimator"), [("vae", "default"), ("short ddpm", "full")])
@@ -316,6 +318,12 @@ def test_pixels_have_the_flow_of_a_trained_chain(runs, tmp_path):
     assert kept["bits_per_dim"]["mean"] == pytest.approx(-kept["nats"]["mean"] * BITS)
     evaluate_here(run, "replicates=2", "probability_flow=2", "max_images=2", *QUICK)
     assert record(run)["results"]["ema"]["probability_flow"]["nats"] == kept["nats"]
+    evaluate_here(run, "replicates=2", "probability_flow=2", "max_images=2", "flow_tolerance=1e-7", *QUICK)
+    finer = record(run)["results"]["ema"]["probability_flow"]
+    moved = abs(finer["nats"]["mean"] - kept["nats"]["mean"])
+    assert 0 < moved <= kept["solver_error_nats"]  # of the same four rows, and of the very tolerance that it is told by
+    assert finer["solver_error_nats"] < kept["solver_error_nats"] / 5
+    assert finer["evaluations"] > kept["evaluations"]
 
 
 def test_two_ranks_give_the_figures_of_one(runs, tmp_path):

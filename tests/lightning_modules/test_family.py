@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 import diffusion
 from diffusion import X0, Epsilon, Lattice
 from lightning_modules import DDPMLightningModule, MarkovPosterior, MHVAELightningModule, TopDownPosterior, VAELightningModule
+from lightning_modules.metric import ElboMetric
 from lightning_modules.posteriors import product
 from losses import DiagGaussian, DiscretizedGaussian, DiscretizedLogistic, Gaussian
 from networks import GaussianTransition, MLPDecoder, MLPEncoder
 from runs.report import table
+from tests.evaluation.models import odd_images, small_ddpm
 from tests.lightning_modules.test_ddpm import Tiny, linear_model
 from tests.linear_gaussian import elbo_terms
 
@@ -431,6 +433,25 @@ def test_costs_that_may_be_negative_are_not_called_kls(posterior, depth):
     metrics = {f"test/{term}{end}": 1.0 for term in ("reconstruction", "prior", "matching", "elbo") for end in ("", "_se")}
     printed = list(table(metrics, model, "").columns[0].cells)
     assert any("ln q/p" in name for name in printed) == model.consistency
+
+
+@pytest.mark.parametrize(("calls", "words"), [(None, "± one standard error"), (12, "± one"), (3, "± at most one standard")])
+def test_a_standard_error_that_is_too_large_as_images_share_steps_is_printed_as_such(calls, words):
+    model, x = small_ddpm(12), odd_images(128)
+    model.calls["test"] = calls
+    metrics = {f"test/{term}{end}": 1.0 for term in ("reconstruction", "prior", "matching", "elbo") for end in ("", "_se")}
+    assert table(metrics, model, "").caption.startswith(words)
+    if calls != 3:
+        return
+    found = {"elbo": [], "elbo_se": []}
+    with torch.inference_mode():
+        for seed in range(60):
+            torch.manual_seed(seed)
+            metric = ElboMetric()
+            metric.update(model.elbo(x, calls))
+            for name, value in metric.compute().items():
+                found.get(name, []).append(value.item())
+    assert torch.tensor(found["elbo"]).std() < 0.7 * torch.tensor(found["elbo_se"]).mean()  # though images vary as well
 
 
 def test_each_transition_has_parameters_of_its_own():
