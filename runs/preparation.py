@@ -155,8 +155,10 @@ def write_set(source: Source, out: Path, name: str, shard_bytes: int) -> Manifes
         manifest = Manifest(name, tuple(source.image_shape), source.levels, shards)
         manifest.write(draft)
         draft.rename(out)
-    except BaseException:  # Ctrl-C too
+    except BaseException as error:  # Ctrl-C too
         shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError) and os.path.lexists(out):
+            raise ValueError(f"out={out} has been made by another command meanwhile, and is not overwritten") from None
         raise
     return manifest
 

@@ -184,6 +184,22 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
 
 
+def test_a_folder_that_another_command_has_made_meanwhile_stays_as_it_is(tmp_path, monkeypatch):
+    write_imagenet32(tmp_path / "published")
+    usual = arrays.ImageArray.chunks
+
+    def overtaken(self, num_bytes):
+        yield from usual(self, num_bytes)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "manifest.json").touch()
+
+    monkeypatch.setattr(arrays.ImageArray, "chunks", overtaken)
+    with pytest.raises(SettingError, match=r"out=\S* has been made by another command meanwhile"):
+        prepare(f"source={tmp_path}/published", f"out={tmp_path}/out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "published"]
+
+
 def test_a_preparation_that_was_killed_is_no_set_and_in_nobodys_way(tmp_path):
     write_imagenet32(tmp_path / "published")
     usual = arrays.ImageArray.chunks
