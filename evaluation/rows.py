@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -61,17 +62,26 @@ class Rows:
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Own]:
         """Returns the images of some rows, (b, C, H, W), and their randomness."""
-        places = torch.tensor([row // self.replicates for row in rows])
-        size, num = self._group_size, len(self.order)
-        generators, cells = [], []
-        for row, place in zip(rows, places.tolist(), strict=True):
-            replicate, (group, cell) = row % self.replicates, divmod(place, size)
-            image = int(self.order[place])
-            generators.append(seeded(self.seed, self.purpose, image, replicate))
+        places, replicates = zip(*(divmod(row, self.replicates) for row in rows), strict=True)
+        images = self.order[list(places)]
+        keys = zip(images.tolist(), replicates, strict=True)
+        generators = [seeded(self.seed, self.purpose, image, replicate) for image, replicate in keys]
+        return self._select(images), Own(generators, partial(self._cells, places, replicates))
+
+    def _select(self, images: Tensor) -> Tensor:
+        """Returns images by index, (b,) -> (b, C, H, W), each asked for once: it may be decoded whenever it is."""
+        few, back = images.unique(return_inverse=True)
+        if len(few) == len(images):
+            return self.images.index_select(0, images)
+        return self.images.index_select(0, few).index_select(0, back)
+
+    def _cells(self, places: Sequence[int], replicates: Sequence[int]) -> Tensor:
+        size, num, cells = self._group_size, len(self.order), []
+        for place, replicate in zip(places, replicates, strict=True):
+            group, cell = divmod(place, size)
             shift = mix(self.seed, self.purpose, "shift", group, replicate) / 2**63
             cells.append((shift + cell / min(size, num - size * group)) % 1.0)  # the last group may be smaller
-        own = Own(generators, torch.tensor(cells, dtype=torch.float64).clamp(max=1 - 1e-12))
-        return self.images.index_select(0, self.order[places]), own
+        return torch.tensor(cells, dtype=torch.float64).clamp(max=1 - 1e-12)
 
 
 def over_batches(

@@ -41,10 +41,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Own:
-    """Generators on the CPU, one for each row, and the number in [0, 1) that :func:`stratified` gives each row: (B,)."""
+    """Generators on the CPU, one for each row, and what returns the numbers in [0, 1) of :func:`stratified`: () -> (B,)."""
 
     generators: Sequence[torch.Generator]
-    cells: Tensor
+    cells: Callable[[], Tensor]  # few models ask for them
 
 
 _rows: Rows | None = None
@@ -152,7 +152,7 @@ def stratified(batch: int, device: torch.device) -> Tensor:
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if _own is not None:
-        return _own.cells.to(device, dtype)
+        return _own.cells().to(device, dtype)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         spread = torch.arange(shape[0], dtype=dtype, device=device) / shape[0]

@@ -70,16 +70,40 @@ def test_every_image_is_there_once_in_one_order_and_a_first_part_is_a_sample():
     assert torch.equal(part.order, whole.order[:30])
     x, own = whole.batch(range(7, 12))
     assert torch.equal(x, images[whole.order[[3, 4, 4, 5, 5]]])
-    assert len(own.generators) == len(own.cells) == 5
+    assert len(own.generators) == len(own.cells()) == 5
     alone = gathered(Rows.of_split(images, 100, 1, 5, "bound"), lambda x: x.double().mean((1, 2, 3)))
     assert torch.equal(alone.flatten(), images[whole.order].double().mean((1, 2, 3)))
+
+
+class Asked:
+    """Images that note which of them are asked for, as those that are decoded each time."""
+
+    def __init__(self, images):
+        self.images, self.asked = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def index_select(self, dim, index):
+        self.asked += index.tolist()
+        return self.images.index_select(dim, index)
+
+
+@pytest.mark.parametrize("numbers", [range(7, 31), [29, 4, 5, 0, 12, 28], [8, 0, 15]])
+def test_a_batch_asks_for_each_of_its_images_once(numbers):
+    images = Asked(odd_images(20))
+    rows = rows_of(images, 5)
+    x, _ = rows.batch(numbers)
+    meant = rows.order[[number // 5 for number in numbers]]
+    assert torch.equal(x, images.images[meant])
+    assert sorted(images.asked) == meant.unique().tolist()
 
 
 @pytest.mark.parametrize(("num", "size"), [(2, 1), (33, 1), (100, 3), (256, 8), (1000, 8)])
 def test_groups_share_cells_that_are_evenly_spread(num, size):
     rows = rows_of(torch.zeros(num, 1, 1, 1, dtype=torch.uint8), 3)
     _, own = rows.batch(range(len(rows)))
-    cells = own.cells.view(num, 3)
+    cells = own.cells().view(num, 3)
     counts = torch.bincount(rows.groups)
     assert counts.max() == size <= LARGEST_GROUP
     assert (cells >= 0).all()
@@ -98,7 +122,7 @@ def test_every_image_sees_all_of_the_interval_evenly_over_replicates():
     rows = rows_of(torch.zeros(256, 1, 1, 1, dtype=torch.uint8), 400)
     for place in (0, 3, 7, 130, 255):
         _, own = rows.batch(range(place * 400, (place + 1) * 400))
-        assert kstest(own.cells.numpy(), "uniform").pvalue > 1e-3
+        assert kstest(own.cells().numpy(), "uniform").pvalue > 1e-3
 
 
 def test_memory_does_not_grow_with_the_rows_to_come():

@@ -52,7 +52,7 @@ def test_stratified_draws_spread_evenly_and_each_row_sees_all_of_the_interval():
 
 def test_rows_with_generators_of_their_own_see_neither_their_neighbours_nor_the_batch():
     def own(rows):
-        return Own([torch.Generator().manual_seed(row) for row in rows], torch.tensor(rows) / 10)
+        return Own([torch.Generator().manual_seed(row) for row in rows], lambda: torch.tensor(rows) / 10)
 
     def draw(rows, pieces):
         with own_generators(own(rows)):
