@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ class Run:
         if name == "val/bpd":
             return None if self.continuous else self.result.get("objective")
         return self.result.get("metrics", {}).get(name)
+
+    @cached_property
+    def validations(self) -> list[dict[str, str]]:
+        """The rows of metrics.csv that have a validation metric; empty where it cannot be read."""
+        try:
+            with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                reader = csv.reader(file)
+                names = next(reader, [])
+                places = [place for place, name in enumerate(names) if name.startswith("val/")]
+                rows = (row for row in reader if any(row[place] for place in places if place < len(row)))
+                return [dict(zip(names, row, strict=False)) for row in rows]  # a damaged one has fewer or more
+        except UNREADABLE:
+            return []
 
     @property
     def images_per_second(self) -> float | None:
@@ -187,17 +201,12 @@ def _incidental(key: str) -> bool:
 
 
 def curve(run: Run, metric: str, over: str = "step") -> tuple[list[int], list[float]]:
-    """Returns (steps, values) of a metric in metrics.csv, or (images_seen, values); empty where there is none."""
-    steps, values = [], []
+    """Returns (steps, values) of a validation metric, or (images_seen, values); empty where there is none."""
     try:
-        with (run.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row.get(metric):
-                    steps.append(int(float(row[over])))
-                    values.append(float(row[metric]))
+        rows = [row for row in run.validations if row.get(metric)]
+        return [int(float(row[over])) for row in rows], [float(row[metric]) for row in rows]
     except UNREADABLE:
         return [], []
-    return steps, values
 
 
 def level_kls(run: Run) -> tuple[list[int], list[float]]:

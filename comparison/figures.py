@@ -64,24 +64,21 @@ def lines(groups: Sequence[Group], made: go.Figure, of, every_run: bool = True, 
 
 def figures(groups: Sequence[Group], metric: str) -> dict[str, go.Figure]:
     """Returns every figure that these runs have data for: {id: figure}."""
-    made = {
-        "curves": learning(groups, "Validation", "val/bpd", "val/bpd"),
-        "elbo": learning(groups, "Validation ELBO", "val/elbo (nats)", "val/elbo"),
-        "levels": lines(
-            groups,
-            figure("Cost of each latent or step (the last is the prior term), first seed", "t", "KL or ln q/p (nats)", "log"),
-            lambda run: thin(*positive(*level_kls(run))),
-            every_run=False,
-        ),
-        "rate": lines(
-            groups,
-            figure("Rate and distortion, first seed", "rate (bits/dim)", "RMSE of x̂₀ (levels)"),
-            rate_distortion,
-            every_run=False,
-        ),
-    }
-    if made["curves"].data:
-        del made["elbo"]
+    made = {"curves": learning(groups, "Validation", "val/bpd", "val/bpd")}
+    if not made["curves"].data:
+        made["elbo"] = learning(groups, "Validation ELBO", "val/elbo (nats)", "val/elbo")
+    made["levels"] = lines(
+        groups,
+        figure("Cost of each latent or step (the last is the prior term), first seed", "t", "KL or ln q/p (nats)", "log"),
+        lambda run: thin(*positive(*level_kls(run))),
+        every_run=False,
+    )
+    made["rate"] = lines(
+        groups,
+        figure("Rate and distortion, first seed", "rate (bits/dim)", "RMSE of x̂₀ (levels)"),
+        rate_distortion,
+        every_run=False,
+    )
     if len(groups[0].values) == 2 and len(groups) > 3:
         made["heat"] = heat_map(groups, metric)
     return {name: one for name, one in made.items() if one.data}

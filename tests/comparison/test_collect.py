@@ -147,6 +147,7 @@ def test_curves_kls_and_rates_are_read(tmp_path):
     run = read_run(directory)
     assert curve(run, "val/bpd") == level_kls(run) == rate_distortion(run) == ([], [])
     write_extras(directory, 2.0, points=3, steps=20)
+    run = read_run(directory)
     steps, values = curve(run, "val/bpd")
     assert steps == [10, 20, 30]
     assert values[0] == 3.0

@@ -5,6 +5,7 @@ import html
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from plotly.offline import get_plotlyjs
@@ -183,6 +184,18 @@ def test_learning_curves_change_to_images_seen_where_all_runs_counted_them(tmp_p
     path = tmp_path / "r1" / "metrics.csv"
     path.write_text(path.read_text().replace("images_seen", "something"))
     assert figures(groups_of(tmp_path), "test/bpd")["curves"].layout.meta is None
+
+
+@pytest.mark.parametrize(("continuous", "names"), [(False, ["curves", "levels", "rate"]), (True, ["elbo", "levels", "rate"])])
+def test_each_run_is_read_once_for_all_of_its_curves(continuous, names, tmp_path, monkeypatch):
+    for number in range(2):
+        path = write_run(tmp_path / f"r{number}", seed=number, continuous=continuous, extras=True) / "metrics.csv"
+        if continuous:
+            path.write_text(path.read_text().replace("val/bpd", "val/rmse"))
+    groups, usual, opened = groups_of(tmp_path, "test/elbo"), Path.open, []
+    monkeypatch.setattr(Path, "open", lambda path, *args, **settings: opened.append(path) or usual(path, *args, **settings))
+    assert list(figures(groups, "test/elbo")) == names
+    assert sorted(path.parent.name for path in opened if path.name == "metrics.csv") == ["r0", "r1"]
 
 
 def test_small_helpers():
