@@ -25,6 +25,8 @@ from datamodules.binarization import NoBinarization
 from datamodules.sampling import BatchRecord, GlobalBatchSampler, at_least
 from losses.draws import seeded
 
+MIRRORED_AT_ONCE = 1024  # images
+
 
 class Images(Protocol):
     """Images by index: a tensor (n, C, H, W), or pictures that are decoded when they are asked for.
@@ -158,13 +160,11 @@ class ImageDataModule(LightningDataModule, ABC):
             return
         splits = dict(self.load())
         self.sizes = {split: len(images) for split, images in splits.items()}
-        for split, images in splits.items():
-            if isinstance(images, Tensor):
-                splits[split] = self.binarization.once(images, self._bits(split), split == "train")
-        train = splits["train"]
-        if self.flip and isinstance(train, Tensor):
-            # mirror images lie ready behind the images, because flipping a gathered batch costs several times the gather
-            splits["train"] = torch.cat([train, train.flip(-1)])
+        for split in splits:
+            if isinstance(splits[split], Tensor):
+                splits[split] = self.binarization.once(splits[split], self._bits(split), split == "train")
+        if self.flip and isinstance(splits["train"], Tensor):
+            add_mirror_images(splits)
         self.splits = splits
 
     def _bits(self, split: str) -> torch.Generator:
@@ -268,6 +268,20 @@ class ImageDataModule(LightningDataModule, ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Returns what tells these images and splits from others under the same settings, after ``setup``."""
         return {key: value for key, value in self.protocol().items() if key.startswith("num_") or key.endswith("sha256")}
+
+
+def add_mirror_images(splits: dict[str, Images]) -> None:
+    """Lays mirror images ready behind those of ``train``: flipping a gathered batch costs several times the gather.
+
+    What was there is let go of first, so no more memory is taken than the result has, if nothing else holds it.
+    """
+    train = splits["train"]
+    num = len(train)
+    splits["train"] = both = train.new_empty((2 * num, *train.shape[1:]))
+    both[:num] = train
+    del train
+    for images, mirrored in zip(both[:num].split(MIRRORED_AT_ONCE), both[num:].split(MIRRORED_AT_ONCE), strict=True):
+        mirrored.copy_(images.flip(-1))
 
 
 def worker_context() -> str:

@@ -1,5 +1,6 @@
 """Digits, Gaussian data, binarisation, and every configuration file of the group."""
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules import (
     DigitsDataModule,
@@ -17,6 +19,7 @@ from datamodules import (
     NoBinarization,
     StaticBinarization,
 )
+from datamodules.base import MIRRORED_AT_ONCE
 from datamodules.sampling import BatchRecord
 from losses.draws import Rows, seeded
 
@@ -46,6 +49,37 @@ def test_digits_splits_cover_the_set_once_and_do_not_move_with_the_seed():
     assert data.describe() == "digits: 1437/180/180 images of 1x8x8, 17 levels"
     assert data.num_dims == 64
     assert not data.continuous
+
+
+@pytest.mark.parametrize("binarization", [NoBinarization, StaticBinarization, DynamicBinarization])
+def test_mirror_images_take_no_memory_beside_the_result(binarization):
+    """A flip copies what it flips: so not all images at once, nor while those that were read are still there."""
+    images = torch.randint(256, (2 * MIRRORED_AT_ONCE + 5, 1, 2, 3), dtype=torch.uint8)
+    first, flips = [], []
+
+    class Known(ImageDataModule):
+        name = "known"
+
+        def load(self):
+            read = images.clone()
+            first.append(weakref.ref(read))
+            return {"val": images[:3].clone(), "test": images[:3].clone(), "train": read}
+
+    class Flips(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.flip.default:
+                flips.append((len(args[0]), first[0]() is None))
+            return function(*args, **(kwargs or {}))
+
+    rule = binarization()
+    shape, levels = (1, 2, 3), rule.levels
+    data = Known(shape, levels, 8, 0, actual_shape=shape, actual_levels=levels, flip=True, binarization=rule)
+    with Flips():
+        data.setup()
+    assert max(num for num, _ in flips) == MIRRORED_AT_ONCE
+    assert all(gone for _, gone in flips)
+    once = rule.once(images, data._bits("train"), True)
+    assert torch.equal(data.splits["train"], torch.cat([once, once.flip(-1)]))
 
 
 def test_digits_batches():
