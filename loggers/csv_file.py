@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,42 +45,47 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_graph(self, *args: Any, **kwargs: Any) -> None:
         """Looks at the file: Lightning asks for this before it trains, so that what cannot be continued is refused then."""
-        self._read()
+        with self._reading() as rows:
+            for _ in rows:
+                pass
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends a row."""
         if self._columns is None:
-            self._columns, rows = self._read()
-            if self._columns:
-                self._write([row for row in rows if self._stands(row, metrics)])
+            with self._reading() as rows:
+                columns = list(rows.fieldnames or [])
+            if columns:
+                self._rewrite(columns, lambda row: self._stands(row, metrics))
+            self._columns = columns
         row = {"step": step} | metrics
         if step == self.begin and any(name.startswith("val/") for name in row):
-            self._write([old for old in self._read()[1] if not _is_again(old, row)])
+            self._rewrite(self._columns, lambda old: not _is_again(old, row))
         if new := [name for name in row if name not in self._columns]:
             self._columns = [*self._columns, *new]
-            self._write(self._read()[1])
+            self._rewrite(self._columns)
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        """Returns the columns and the rows.
+    @contextmanager
+    def _reading(self) -> Iterator[csv.DictReader]:
+        """Opens the file to read its columns and its rows, one at a time: it is long where every step is logged.
 
         Raises:
             ValueError: if the file is no text of this kind, which nothing can be appended to.
         """
         if not self.path.exists():
-            return [], []
+            yield csv.DictReader(())
+            return
         try:
             with self.path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a last one without was cut off
-                columns, rows = list(reader.fieldnames or []), list(reader)
-            if columns and "step" not in columns:
-                raise ValueError("it has no column step")
+                rows = csv.DictReader(line for line in file if line.endswith("\n"))  # a last one without was cut off
+                if rows.fieldnames and "step" not in rows.fieldnames:
+                    raise ValueError("it has no column step")
+                yield rows
         except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
             reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
             raise ValueError(f"{self.path} is damaged ({reason}): bring it in order or take it away, and go on") from None
-        return columns, rows
 
     def _stands(self, row: dict[str, str], new: dict[str, float]) -> bool:
         """Whether a row stays beside the first new one.
@@ -94,13 +101,18 @@ class MetricsCSV(Logger):
             return False
         return int(row["step"]) < self.begin + ("train" not in its_kinds)
 
-    def _write(self, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, columns: list[str], stays: Callable[[dict[str, str]], bool] = lambda row: True) -> None:
+        """Puts a file with these columns, and those rows that stay, in the place of the one that is there, if any."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")
-        with draft.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+        try:
+            with self._reading() as rows, draft.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(filter(stays, rows))
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
         draft.replace(self.path)
 
 

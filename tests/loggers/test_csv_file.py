@@ -1,4 +1,5 @@
 import csv
+import tracemalloc
 
 import pytest
 
@@ -50,7 +51,12 @@ def test_damaged_rows_are_taken_out(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"step,train/loss\r\n1,0.5\x98\r\n", "it is not UTF-8"), (b"train/loss\r\n0.5\r\n", "it has no column step")],
+    [
+        (b"step,train/loss\r\n1,0.5\x98\r\n", "it is not UTF-8"),
+        (b"step,train/loss\r\n" + b"1,0.5\r\n" * 10**4 + b"\x98\r\n", "it is not UTF-8"),
+        (b"train/loss\r\n0.5\r\n", "it has no column step"),
+    ],
+    ids=range(3),
 )
 def test_a_file_that_cannot_be_continued_is_named_before_training_and_left_as_it_is(tmp_path, content, reason):
     path = tmp_path / "metrics.csv"
@@ -61,6 +67,7 @@ def test_a_file_that_cannot_be_continued_is_named_before_training_and_left_as_it
             looks()
         assert str(error.value) == f"{path} is damaged ({reason}): bring it in order or take it away, and go on"
     assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_a_spreadsheet_has_marked_as_utf_8_is_continued(tmp_path):
@@ -91,3 +98,20 @@ def test_a_validation_within_an_accumulated_step_stays(tmp_path):
     again.log_metrics({"train/loss": 1.0, "images_seen": 40}, step=3)
     again.log_metrics({"val/bpd": 5.0, "images_seen": 40.0}, step=3)
     assert [row["val/bpd"] for row in read(path)] == ["2.0", "", "5.0"]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    path, num = tmp_path / "metrics.csv", 20_000
+    rows = [f"{step},0.5,{10 * step}\r\n" for step in range(num)]
+    path.write_text("".join(["step,train/loss,images_seen\r\n", *rows]))
+    tracemalloc.start()
+    try:
+        logger = MetricsCSV(str(path), num)
+        logger.log_graph(None)
+        logger.log_metrics({"train/loss": 0.25}, step=num)
+        logger.log_metrics({"val/bpd": 2.0, "images_seen": 10 * num}, step=num)  # a new column
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [row["step"] for row in read(path)] == [*map(str, range(num)), str(num), str(num)]
+    assert peak < 2**18
