@@ -94,7 +94,7 @@ class MetricsCSV(Logger):
         """
         if self.begin is None:
             return True
-        if None in row or not row["step"].isdecimal():  # more fields than columns, or none that says where it belongs
+        if None in row or not (row["step"] or "").isdecimal():  # more fields than columns, or none that says where it belongs
             return False
         kinds, its_kinds = ({name.split("/")[0] for name in names} for names in (new, (name for name in row if row[name])))
         if "test" in kinds & its_kinds and int(row["step"]) == self.begin:

@@ -47,6 +47,9 @@ def test_damaged_rows_are_taken_out(tmp_path):
     path.write_text("step,train/loss\r\n1,0.5\r\n2,0.4,0.1\r\n1.5,0.3\r\n,0.1\r\n3,0.2\r\n")
     MetricsCSV(str(path), 4).log_metrics({"train/loss": 0.25}, step=4)
     assert [row["step"] for row in read(path)] == ["1", "3", "4"]
+    path.write_text("train/loss,step\r\n0.5,1\r\n0.4\r\n0.2,3\r\n")  # columns that were put in another order
+    MetricsCSV(str(path), 4).log_metrics({"train/loss": 0.25}, step=4)
+    assert [row["step"] for row in read(path)] == ["1", "3", "4"]
 
 
 @pytest.mark.parametrize(
