@@ -9,7 +9,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -63,6 +63,14 @@ def clip_norm(optimizer: Optimizer, max_norm: float) -> None:
     clip_grads_with_norm_(parameters, max_norm, norm)
 
 
+def is_of_a_run(checkpoint_path: Any) -> bool:
+    """Whether this is a checkpoint file that a run of this framework has written, with its config inside."""
+    try:
+        return {"config", "format"} <= torch.load(checkpoint_path, map_location="meta", weights_only=True, mmap=True).keys()
+    except Exception:  # of whatever kind: a run's checkpoint can be read so
+        return False
+
+
 class LikelihoodModule(LightningModule, ABC):
     """A generative model with a bound on ln p(x).
 
@@ -104,16 +112,19 @@ class LikelihoodModule(LightningModule, ABC):
         self._given: list[dict[str, Any]] = []
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **settings: Any) -> NoReturn:
-        """Is not how a run is loaded: what a model is built from may be code, which its checkpoint only names.
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **settings: Any) -> LikelihoodModule:
+        """Loads what a ``Trainer`` of one's own has written, as Lightning does: give the parts that it holds no settings of.
 
         Raises:
-            TypeError: saying what loads one.
+            TypeError: for a run's checkpoint, saying what loads one: what its model is built from may be code, which it only
+                names.
         """
-        raise TypeError(
-            f"the model of {checkpoint_path} is built from the config beside its weights: "
-            f"evaluation.SavedRun.open({str(checkpoint_path)!r}).trained() does both"
-        )
+        if is_of_a_run(checkpoint_path):
+            raise TypeError(
+                f"the model of {checkpoint_path} is built from the config beside its weights: "
+                f"evaluation.SavedRun.open({str(checkpoint_path)!r}).trained() does both"
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **settings)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; the one that Lightning sets at every hook, forty times a step, without a module's bookkeeping."""

@@ -273,7 +273,8 @@ class DDPMLightningModule(LikelihoodModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with it where training goes on."""
-        if self.trainer.state.fn == TrainerFn.FITTING and "step_profile" in checkpoint:
+        goes_on = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if goes_on and "step_profile" in checkpoint:
             self.step_profile.restore(checkpoint["step_profile"], self.trainer.strategy)
 
     def _log_likelihood(self, output: Tensor, x: Tensor, x_1: Tensor, clip: bool) -> Tensor:

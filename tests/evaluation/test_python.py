@@ -31,8 +31,10 @@ def test_a_notebook_works_as_the_page_says(name, runs, capsys):
 
 
 def test_what_python_users_try_first_is_answered_in_a_sentence(runs):
-    with pytest.raises(TypeError, match=r"evaluation\.SavedRun\.open\('a/last\.ckpt'\)\.trained\(\)"):
-        VAELightningModule.load_from_checkpoint("a/last.ckpt")
+    for name in ("vae", "ddpm"):
+        checkpoint = SavedRun.open(str(runs[name])).path
+        with pytest.raises(TypeError, match=rf"evaluation\.SavedRun\.open\('{checkpoint}'\)\.trained\(\)"):
+            VAELightningModule.load_from_checkpoint(checkpoint)
     data = DigitsDataModule(image_shape=(1, 8, 8), levels=17, batch_size=8, seed=0)
     for loader in (data.train_dataloader, data.test_dataloader):
         with pytest.raises(RuntimeError, match=r"digits has not been read: call prepare_data\(\) and setup\(\)"):

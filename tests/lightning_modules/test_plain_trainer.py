@@ -1,17 +1,23 @@
 """Modules and callbacks under a ``lightning.Trainer`` as it comes, with loaders of one's own, as in a notebook."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from callbacks import EMA, SeededBatches, Vitals
 from datamodules import DigitsDataModule, StreamDataModule
 from datamodules.shards import Manifest, write_split
+from lightning_modules import VAELightningModule
+from losses import Categorical
 from losses.draws import mix
+from networks import MLPDecoder, MLPEncoder
 from runs.build import build_part
 from tests.jobs import configure
 
@@ -134,6 +140,37 @@ def test_a_callback_counts_each_run_for_itself_and_the_sessions_of_one_together(
     assert vitals.images_seen == 2 * len(X)
     assert vitals.seconds > vitals.session_seconds > 0
     assert vitals.seconds == pytest.approx(first + vitals.session_seconds)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_plain_trainer_has_written_loads_as_lightning_loads_it(kind, tmp_path):
+    cfg = configure(tmp_path, *KINDS[kind]).model
+    trainer, model = plain(tmp_path), build_part(cfg)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings.pop("_target_")
+    found = type(model).load_from_checkpoint(tmp_path / "own.ckpt", **instantiate(settings, _convert_="all"))
+    assert all(map(torch.equal, found.parameters(), model.parameters()))
+    with pytest.raises(FileNotFoundError):
+        type(model).load_from_checkpoint(tmp_path / "none.ckpt")
+
+
+class Saving(VAELightningModule):
+    """Whose settings are plain numbers, and saved."""
+
+    def __init__(self, hidden_dim, **settings):
+        encoder, decoder = (partial(part, hidden_dim=hidden_dim) for part in (MLPEncoder, MLPDecoder))
+        super().__init__(encoder, decoder, Categorical(17), **settings)
+        self.save_hyperparameters()
+
+
+def test_saved_hyperparameters_build_a_model_again(tmp_path):
+    trainer, model = plain(tmp_path), Saving(16, latent_dim=2, image_shape=(1, 8, 8), levels=17)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    found = Saving.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True)
+    assert all(map(torch.equal, found.parameters(), model.parameters()))
 
 
 def test_an_objective_in_inference_mode_is_in_nobodys_way(model):
