@@ -196,7 +196,8 @@ class LikelihoodModule(LightningModule, ABC):
         """Maps levels to [-1, 1]; continuous data stays as it is. float32, or float64 in a float64 model.
 
         Raises:
-            ValueError: if these are not images (B, C, H, W) of this model, or numbers where levels are due.
+            ValueError: if these are not images (B, C, H, W) of this model, numbers where levels are due, or other levels than
+                there are (:meth:`check_levels`).
         """
         if not isinstance(x, Tensor):
             raise ValueError(f"images are a {type(x).__name__}: give one tensor (B, C, H, W), of (images, labels) the first")
@@ -207,12 +208,31 @@ class LikelihoodModule(LightningModule, ABC):
         if x.is_floating_point() == (self.levels is not None):
             due = "continuous values" if self.levels is None else f"whole numbers 0..{self.levels - 1}"
             raise ValueError(f"images are {x.dtype}, but this model takes {due}")
+        self.check_levels(x)
         return x.to(self.likelihood_dtype) if self.levels is None else to_unit(x, self.levels, self.likelihood_dtype)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Tensor:
-        """Leaves labels behind, as most data sets give (images, labels), and looks for levels that this model does not have.
+    def check_levels(self, x: Tensor) -> None:
+        """Refuses levels that this model does not have, which would have a finite bound, even a perfect one.
 
-        They would have a finite bound. The look is here, not in the step, as a device would have to be waited for.
+        Only what lies on the CPU is looked at, as a device would have to be waited for: images for a device are to be looked
+        at before they go there.
+
+        Raises:
+            ValueError: if there are values outside 0..levels-1.
+        """
+        if self.levels is None or x.device.type != "cpu" or x.is_floating_point() or torch.compiler.is_compiling():
+            return
+        try:
+            values = x.numpy()
+        except RuntimeError:  # of operations that are traced, or mapped over: there are no numbers yet
+            return
+        if values.size and (values.max() >= self.levels or (x.dtype != torch.uint8 and values.min() < 0)):
+            raise ValueError(f"images hold values {values.min()}..{values.max()}, but this model takes 0..{self.levels - 1}")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Tensor:
+        """Leaves labels behind, as most data sets give (images, labels), and looks at levels that are about to leave the CPU.
+
+        Those that stay there the step looks at, once, by :meth:`to_unit`.
 
         Raises:
             ValueError: if there are no images, or values outside 0..levels-1.
@@ -220,12 +240,8 @@ class LikelihoodModule(LightningModule, ABC):
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, Tensor):
             raise ValueError(f"a batch is a {type(x).__name__}: give images (B, C, H, W) as one tensor, or (images, labels)")
-        if self.levels is not None and x.device.type == "cpu" and x.numel() and not x.is_floating_point():
-            values = x.numpy()
-            if values.max() >= self.levels or (x.dtype != torch.uint8 and values.min() < 0):
-                raise ValueError(
-                    f"images hold values {values.min()}..{values.max()}, but this model takes 0..{self.levels - 1}"
-                )
+        if self.device.type != "cpu":
+            self.check_levels(x)
         return x
 
     def on_train_start(self) -> None:

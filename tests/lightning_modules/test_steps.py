@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import EMA, SeededBatches, Vitals
@@ -205,6 +206,36 @@ def test_labels_are_left_behind_and_levels_that_there_are_not_are_refused(stage,
     ):
         with pytest.raises(ValueError, match=sentence):
             run(data(bad))
+
+
+def test_every_bound_refuses_levels_that_there_are_not(model):
+    x = batch(model)
+    x[0, 0, 0, 0] = model.levels
+    for bound in (model.objective, model.elbo, model.log_weight, model.latent_kls):
+        with pytest.raises(ValueError, match=rf"images hold values 0\.\.{model.levels}, but this model takes 0\.\."):
+            bound(x)
+
+
+def test_levels_are_looked_at_once_and_before_they_leave_the_cpu(tmp_path, monkeypatch):
+    looked, check = [], LikelihoodModule.check_levels
+    monkeypatch.setattr(LikelihoodModule, "check_levels", lambda self, x: (looked.append(x), check(self, x)))
+    model = build_part(configure(tmp_path, *MODELS["vae"]).model)
+    ran(model, batch(model, 12).unflatten(0, (3, 4)), tmp_path)
+    assert [len(x) for x in looked] == [4, 4, 4]
+    with pytest.raises(ValueError, match="images hold values"):
+        model.to("meta").on_before_batch_transfer(batch(model) + 17, 0)
+
+
+@pytest.mark.parametrize("name", ["vae", "mhvae, markov", "ddpm, elbo"])
+def test_a_bound_is_traced_and_mapped_over_without_its_numbers(name, tmp_path):
+    model = build_part(configure(tmp_path, *MODELS[name]).model).eval()
+    x = batch(model, 3)
+    mapped = torch.func.vmap(lambda image: model.elbo(image[None]).value, randomness="different")(x)
+    assert mapped.shape == (3, 1)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model.elbo(mode.from_tensor(x)).value.shape == (3,)
+    whole = torch.compile(lambda images: model.elbo(images).value, fullgraph=True, backend="eager")
+    assert whole(x).shape == (3,)
 
 
 class OwnOptimizer(VAELightningModule):
