@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.checkpoints import tested_step
+from datamodules import ImageDataModule
 from lightning_modules import LatentModule
 from losses.elbo import nats_to_bits_per_dim
 
@@ -46,6 +48,7 @@ class Pictures(Callback):
                 f"callbacks.pictures.every_n_epochs={every_n_epochs} must be at least 0, pictures.num={num} at least 1"
             )
         self.directory, self.every_n_epochs, self.num = Path(directory), every_n_epochs, num
+        self._tested: list[Tensor] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws samples with the weights that validation used."""
@@ -54,18 +57,35 @@ class Pictures(Callback):
             with fixed_draws(pl_module.device), torch.inference_mode():  # the grids show learning, not luck
                 self._samples(trainer, pl_module, f"step_{trainer.global_step:07d}", trainer.global_step)
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the images of an earlier test."""
+        self._tested = []
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keeps the first images of a loader of one's own, which may be read but once."""
+        missing = PROFILE_IMAGES - sum(map(len, self._tested))
+        if missing > 0 and _data_module(trainer) is None:
+            self._tested.append(batch[:missing])
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the final samples, reconstructions and the KL profile with the tested weights."""
         if not trainer.is_global_zero:
             return
         with fixed_draws(pl_module.device), torch.inference_mode():
             self._samples(trainer, pl_module, "final", tested_step(trainer))
-            first = torch.arange(min(PROFILE_IMAGES, trainer.datamodule.sizes["test"]))  # on however many ranks
-            x = trainer.datamodule.scored("test").index_select(0, first)
-            x = pl_module.on_before_batch_transfer(x, 0).to(pl_module.device)
+            x = self._images(trainer).to(pl_module.device)
             if isinstance(pl_module, LatentModule) and pl_module.levels is not None:
                 self._reconstructions(trainer, pl_module, x[: max(1, self.num // 2)])
             self._profile(trainer, pl_module, x)
+
+    def _images(self, trainer: Trainer) -> Tensor:
+        """Returns the first test images, of a data module of this framework the same on however many ranks."""
+        data = _data_module(trainer)
+        if data is None:
+            return torch.cat(self._tested)
+        return data.scored("test").index_select(0, torch.arange(min(PROFILE_IMAGES, data.sizes["test"])))
 
     def _samples(self, trainer: Trainer, module: LightningModule, name: str, step: int) -> None:
         mean = module.levels is not None
@@ -108,6 +128,12 @@ class Pictures(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"pictures/{key}", [str(target)], step=trainer.global_step, caption=[caption])
+
+
+def _data_module(trainer: Trainer) -> ImageDataModule | None:
+    """Returns what the test reads, if it is a data module of this framework."""
+    source = trainer.test_loop._data_source.instance  # trainer.datamodule may be of a fit before
+    return source if isinstance(source, ImageDataModule) else None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from callbacks import EMA, SeededBatches, Vitals
+from callbacks import EMA, Pictures, SeededBatches, Vitals
 from datamodules import DigitsDataModule, StreamDataModule
 from datamodules.shards import Manifest, write_split
 from lightning_modules import VAELightningModule
@@ -140,6 +140,20 @@ def test_a_callback_counts_each_run_for_itself_and_the_sessions_of_one_together(
     assert vitals.images_seen == 2 * len(X)
     assert vitals.seconds > vitals.session_seconds > 0
     assert vitals.seconds == pytest.approx(first + vitals.session_seconds)
+
+
+def test_pictures_are_of_the_images_that_a_loader_of_ones_own_gives(model, tmp_path, monkeypatch):
+    data, shown = DigitsDataModule(image_shape=[1, 8, 8], levels=17, batch_size=32, seed=0), []
+    monkeypatch.setattr(Pictures, "_profile", lambda self, trainer, module, x: shown.append(x))
+    trainer = plain(tmp_path, Pictures(str(tmp_path), num=4), limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(model, data)
+    for tested in (data, iter([X[:3], [X[3:5], torch.zeros(2)], X.repeat(3, 1, 1, 1)]), loader()):
+        trainer.test(model, tested, verbose=False)
+        assert (tmp_path / "samples" / "final.png").is_file()
+    module, several, once = shown
+    assert torch.equal(module, data.scored("test")[:64])
+    assert torch.equal(several, torch.cat([X[:5], X.repeat(3, 1, 1, 1)])[:64])
+    assert torch.equal(once, X)
 
 
 @pytest.mark.parametrize("kind", KINDS)
