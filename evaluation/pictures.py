@@ -18,6 +18,13 @@ from losses.elbo import nats_to_bits_per_dim
 SHOWN = 8  # images at each end of the histogram
 
 
+def _measured(moments: StepMoments) -> str:
+    """Says at which steps, and whether what is drawn between them, and in sums, is interpolated."""
+    every = len(moments.means)
+    at = "every step" if moments.num_steps == every else f"{moments.num_steps} of {every} steps, interpolated between,"
+    return f"measured at {at} on {moments.num_images} images"
+
+
 def plot_steps(moments: StepMoments, num_dims: int, unit: str) -> plt.Figure:
     """Returns a figure of the KL of each step over log t, with the sum from t = T down."""
     scale = nats_to_bits_per_dim(1.0, num_dims) if unit == "bits/dim" else 1.0
@@ -34,7 +41,7 @@ def plot_steps(moments: StepMoments, num_dims: int, unit: str) -> plt.Figure:
     total.plot(t, kls[::-1].cumsum()[::-1] + moments.prior * scale, color=ORANGE, label="cumulated from t = T down (right)")
     total.set(ylabel=f"prior and all steps from T down to t ({unit})", ylim=(0, None))
     figure.legend(fontsize=8, ncols=2, loc="outside upper center")  # on a curve it would hide some of it
-    axis.set_title(f"KL of each step, measured at {moments.num_steps} steps on {moments.num_images} images", fontsize=9)
+    axis.set_title(f"KL of each step, {_measured(moments)}", fontsize=9)
     return figure
 
 
@@ -55,7 +62,7 @@ def plot_rate_distortion(moments: StepMoments, num_dims: int, levels: int) -> pl
     ):
         axis.plot(x, y, color=BLUE)
         axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-    figure.suptitle(f"Progressive coding: rate and distortion along the reverse chain, {moments.num_images} images", fontsize=9)
+    figure.suptitle(f"Progressive coding: rate and distortion along the reverse chain, {_measured(moments)}", fontsize=9)
     return figure
 
 

@@ -14,7 +14,7 @@ from evaluation.rows import Rows, gather
 from lightning_modules import DDPMLightningModule
 from losses.elbo import nats_to_bits_per_dim
 
-STEPS = 64  # measured; what lies between is interpolated over ln t
+STEPS = 64  # measured, besides those near t = T; what lies between is interpolated over ln t
 FIRST_DRAWS = 8  # of x_1 for each image
 LEAST_EFFECTIVE = 0.25  # of the draws must carry a cheap cost's second moment
 WORTHWHILE = 0.9  # of the second moment, at most, must be left by the control
@@ -62,10 +62,17 @@ def rate_and_distortion(moments: StepMoments, num_dims: int, levels: int) -> tup
     return nats_to_bits_per_dim(above, num_dims), moments.errors.sqrt() * (levels - 1) / 2
 
 
+def measured_steps(last: int) -> Tensor:
+    """Returns t = 2..T, spread over ln t and, as a model that is not trained yet may be steep there, over ln(T - t): (S,)."""
+    spread = torch.logspace(math.log10(2), math.log10(last), STEPS, dtype=torch.float64).round().long()
+    before_last = last - 2 ** torch.arange(last.bit_length() - 1)
+    return torch.cat([spread, before_last]).clamp(2, last).unique()
+
+
 def measure_steps(
     model: DDPMLightningModule, rows: Rows, counts: Tensor | None, fabric: Fabric, batch_size: int
 ) -> StepMoments:
-    """Measures at :data:`STEPS` steps at most, all of them in each row.
+    """Measures at the steps of :func:`measured_steps`, all of them in each row.
 
     Args:
         model: of T ≥ 2 steps.
@@ -76,8 +83,7 @@ def measure_steps(
         batch_size: network rows at once.
     """
     last = model.num_steps
-    spread = torch.logspace(math.log10(2), math.log10(last), STEPS, dtype=torch.float64).round().long()
-    steps = spread.clamp(2, last).unique()
+    steps = measured_steps(last)
     counts = None if counts is None else counts.to(model.process.betas)
     frequencies = None if counts is None else level_frequencies(counts)
     control = Control(model.process, frequencies, torch.ones(last + 1, DENOISERS))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from diffusion import Epsilon, Lattice, log_snr_linear
+from diffusion import X0, Epsilon, Lattice, log_snr_linear
 from diffusion.control import Control, level_counts
 from evaluation.estimate import estimate_bound
 from evaluation.estimators import Default, Full, Stratified
-from evaluation.profile import measure_steps
+from evaluation.profile import STEPS, measure_steps
 from evaluation.setting import Setting, SplitImages
 from runs.build import SettingError
 from tests.diffusion.test_schedules import betas_of
@@ -100,6 +100,27 @@ def test_no_figure_is_what_its_control_adds_however_few_or_rare_the_images_are(l
         moments = measure_steps(model, rows, setting.level_counts(), cpu(), 2048)
         # b² E[c²] is not above the pilot's E[KL²]
         assert moments.control.totals(images)[1].mean() < 1.3 * moments.root_mean_squares.sum()
+
+
+class LateError(torch.nn.Module):
+    """An x̂_0 of x_0 = 0 whose KL is 1 nat a pixel at t = T and 0.01 before, as after a few epochs."""
+
+    def __init__(self, process):
+        super().__init__()
+        costs = torch.full_like(process.betas, 0.01).index_fill(0, torch.tensor([process.num_steps]), 1.0)
+        self.errors = (costs / process.x0_weight).sqrt()
+
+    def forward(self, x, t):
+        return self.errors[t].view(-1, 1, 1, 1).expand_as(x)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 50, 100, 400])
+def test_measured_steps_add_up_where_the_last_one_stands_out(num_steps):
+    model = ddpm(X0(), num_steps, levels=None).double().eval()
+    model.network = LateError(model.process)
+    moments = measure_steps(model, rows_of(torch.zeros(4, *model.image_shape), 1, purpose="profile"), None, cpu(), 2048)
+    assert moments.means.sum().item() / model.num_dims == pytest.approx(1 + 0.01 * (num_steps - 2))
+    assert moments.num_steps <= STEPS + math.log2(num_steps)
 
 
 @pytest.mark.parametrize("step", [1, 7])
