@@ -145,7 +145,7 @@ def fixed_draws(device: torch.device) -> Iterator[None]:
 
 
 def grid(images: Tensor, levels: int, columns: int) -> np.ndarray:
-    """Lays images (N, C, H, W) uint8 out in rows of ``columns``: (height, width, 3 or none), values 0 to 1."""
+    """Lays images (N, C, H, W) of 0 to ``levels - 1`` out in rows of ``columns``: (height, width, 3 or none) of 0 to 1."""
     rows = math.ceil(len(images) / columns)
     channels, height, width = images.shape[1:]
     gap = max(1, height // 8)
@@ -159,7 +159,7 @@ def grid(images: Tensor, levels: int, columns: int) -> np.ndarray:
 
 
 def plot_grid(images: Tensor, levels: int, caption: str, columns: int | None = None) -> plt.Figure:
-    """Returns a figure of images (N, C, H, W) uint8 in a grid, with its caption above."""
+    """Returns a figure of images (N, C, H, W) of 0 to ``levels - 1`` in a grid, with its caption above."""
     canvas = grid(images, levels, columns or math.ceil(math.sqrt(len(images))))
     size = 5.0
     figure, axis = plt.subplots(figsize=(size, size * canvas.shape[0] / canvas.shape[1] + 0.45), layout="constrained")

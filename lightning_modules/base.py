@@ -175,7 +175,10 @@ class LikelihoodModule(LightningModule, ABC):
 
     @abstractmethod
     def sample(self, num: int, mean: bool = False) -> Tensor:
-        """Draws from the model: (num, C, H, W), as images are. With ``mean``, the last step shows p(x|z_1)'s mean, no draw."""
+        """Draws from the model: (num, C, H, W), as images are.
+
+        With ``mean``, the last step shows p(x|z_1)'s mean, no draw: of two levels the probabilities of the second.
+        """
 
     @abstractmethod
     def latent_kls(self, x: Tensor) -> Tensor:

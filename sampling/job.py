@@ -133,7 +133,8 @@ def draw(
     Raises:
         SettingError: if memory does not hold the images.
     """
-    dtype = model.likelihood_dtype if model.levels is None else torch.uint8
+    real = model.levels is None or (mean and model.levels == 2)  # probabilities
+    dtype = model.likelihood_dtype if real else torch.uint8
     try:
         images = torch.zeros(num, *model.image_shape, dtype=dtype)
     except (RuntimeError, TypeError):  # of a number that torch cannot hold
