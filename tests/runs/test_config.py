@@ -121,6 +121,13 @@ def test_every_model_builds_for_every_data_set(model, data, tmp_path):
     assert module.levels == cfg.data.levels
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_an_encoder_or_decoder_that_is_chosen_is_the_same_in_every_model(part, tmp_path):
+    for path in sorted((CONF / "model" / part).glob("*.yaml")):
+        one, other = (configure(tmp_path, f"model={name}", f"model/{part}={path.stem}").model for name in ("vae", "mhvae"))
+        assert one[part] == other[part]
+
+
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_experiments_compose_and_begin_with_their_command(path, tmp_path):
     header, first = path.read_text().splitlines()[:2]  # Hydra reads the package only from the top
