@@ -106,7 +106,9 @@ class Pictures(Callback):
         values = kls if module.levels is None else nats_to_bits_per_dim(kls, module.num_dims)
         what = "ln q/p" if module.consistency else "KL"
         total = f"sum {values.sum():.3f} {unit}"
-        caption = f"{what} of each latent z_1..z_{len(values)}, mean of {len(x)} test images, {unit}; {total}"
+        last = len(values)
+        latents = f"z_1..z_{last - 1}, and KL of z_{last}" if module.consistency else f"each latent z_1..z_{last}"
+        caption = f"{what} of {latents}, mean of {len(x)} test images, {unit}; {total}"
         figure = plot_profile(values.numpy(), unit, caption, what)
         self._save(trainer, figure, "plots/kl_per_level.png", "kl_per_level", caption)
 

@@ -9,6 +9,8 @@ from matplotlib import pyplot as plt
 
 from callbacks import Pictures
 from callbacks.pictures import fixed_draws, plot_profile
+from runs.build import build_part
+from tests.jobs import configure
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -49,3 +51,20 @@ def test_a_long_profile_shows_log_ratios_of_either_sign_as_they_are(lowest, what
     assert [text.get_text().startswith(f"{what} of one step") for text in figure.legends[0].texts] == [True, False]
     assert total.get_ylim()[0] <= min(0.0, total.lines[0].get_ydata().min())
     plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        (("model=vae",), "KL of each latent z_1..z_1,"),
+        (("model=mhvae", "model.depth=3"), "ln q/p of z_1..z_2, and KL of z_3,"),
+        (("model=mhvae", "model.depth=1"), "KL of each latent z_1..z_1,"),
+        (("model=mhvae", "model.depth=3", "model/posterior=top_down"), "KL of each latent z_1..z_3,"),
+    ],
+)
+def test_the_profile_says_which_latents_cost_a_kl(settings, title, tmp_path, monkeypatch):
+    captions, model = [], build_part(configure(tmp_path, *settings).model)
+    monkeypatch.setattr(Pictures, "_save", lambda self, trainer, figure, path, key, caption: captions.append(caption))
+    with torch.inference_mode():
+        Pictures(str(tmp_path))._profile(SimpleNamespace(loggers=[]), model, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert captions[0].startswith(title)
