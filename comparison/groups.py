@@ -144,11 +144,13 @@ def _follows(key: str, differing: Sequence[str]) -> bool:
 
 
 def value_of(run: Run, key: str) -> Any:
-    """Returns a choice (``model/schedule``) or a setting (``model.num_steps``) of a run."""
+    """Returns a choice (``model/schedule``) or a setting (``model.num_steps``) of a run; ``None`` if it has no such thing."""
     if key in run.choices:
         return run.choices[key]
     place = key.replace("/", ".")
     value = run.settings.get(place, run.beside.get(place))
+    if value is None and place in run.settings:
+        return "null"  # as it was set, and as it may mean much: every step, no limit
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -256,6 +256,19 @@ def test_labels_tell_settings_of_one_name_apart(tmp_path):
     assert (shown(None), shown(0), shown("x")) == ("–", "0", "x")
 
 
+def test_a_setting_that_is_null_is_told_from_one_that_is_not_there(tmp_path):
+    for name, calls in (("all", "null"), ("some", 8)):
+        write_run(tmp_path / name, choices=DDPM, settings={**DDPM_SETTINGS, "model.test_calls": 8})
+        path = tmp_path / name / "config.yaml"
+        path.write_text(path.read_text().replace("test_calls: 8", f"test_calls: {calls}"))
+    write_run(tmp_path / "vae")
+    groups = group(runs_of(tmp_path), ["model.test_calls"], "test/bpd")
+    assert sorted(shown(one.values["model.test_calls"]) for one in groups) == ["8", "null", "–"]
+    assert "test_calls=null" in [one.label for one in groups]
+    (alone,) = group(runs_of(tmp_path / "all"), ["model.test_calls"], "test/bpd")
+    assert alone.label == "test_calls=null"
+
+
 def test_by_and_metric_that_name_nothing_are_refused_in_one_sentence(tmp_path):
     write_sweep(tmp_path, seeds=(0,))
     with pytest.raises(SettingError, match=r"by=model/nope is no setting.*model/schedule, model/weighting") as error:
