@@ -89,13 +89,13 @@ class Pictures(Callback):
 
     def _samples(self, trainer: Trainer, module: LightningModule, name: str, step: int) -> None:
         mean = module.levels is not None
-        caption = f"Samples{': means of p(x | z₁)' * mean} after {step} steps"
+        caption = f"Samples{f': {what_means_are(module.levels)} p(x | z₁)' * mean} after {step} steps"
         figure = plot_samples(module.sample(self.num, mean=mean), module.levels, caption)
         self._save(trainer, figure, f"samples/{name}.png", "samples", caption)
 
     def _reconstructions(self, trainer: Trainer, module: LightningModule, x: Tensor) -> None:
         pairs = torch.stack([x, module.reconstruct(x)], 1).flatten(0, 1)
-        caption = "Test images (odd columns), to the right of each the mean of p(x | z₁)"
+        caption = f"Test images (odd columns), to the right of each {what_means_are(module.levels)} its p(x | z₁)"
         figure = plot_grid(pairs, module.levels, caption, columns=2 * math.ceil(math.sqrt(len(pairs)) / 2))
         self._save(trainer, figure, "plots/reconstructions.png", "reconstructions", caption)
 
@@ -132,6 +132,11 @@ class Pictures(Callback):
                 logger.log_image(f"pictures/{key}", [str(target)], step=trainer.global_step, caption=[caption])
 
 
+def what_means_are(levels: int) -> str:
+    """Returns what the level nearest to a mean is called: of two levels, the one that is likelier."""
+    return "most likely values of" if levels == 2 else "means of"
+
+
 def _data_module(trainer: Trainer) -> ImageDataModule | None:
     """Returns what the test reads, if it is a data module of this framework."""
     source = trainer.test_loop._data_source.instance  # trainer.datamodule may be of a fit before
@@ -147,7 +152,7 @@ def fixed_draws(device: torch.device) -> Iterator[None]:
 
 
 def grid(images: Tensor, levels: int, columns: int) -> np.ndarray:
-    """Lays images (N, C, H, W) of 0 to ``levels - 1`` out in rows of ``columns``: (height, width, 3 or none) of 0 to 1."""
+    """Lays images (N, C, H, W) uint8 out in rows of ``columns``: (height, width, 3 or none), values 0 to 1."""
     rows = math.ceil(len(images) / columns)
     channels, height, width = images.shape[1:]
     gap = max(1, height // 8)
@@ -161,7 +166,7 @@ def grid(images: Tensor, levels: int, columns: int) -> np.ndarray:
 
 
 def plot_grid(images: Tensor, levels: int, caption: str, columns: int | None = None) -> plt.Figure:
-    """Returns a figure of images (N, C, H, W) of 0 to ``levels - 1`` in a grid, with its caption above."""
+    """Returns a figure of images (N, C, H, W) uint8 in a grid, with its caption above."""
     canvas = grid(images, levels, columns or math.ceil(math.sqrt(len(images))))
     size = 5.0
     figure, axis = plt.subplots(figsize=(size, size * canvas.shape[0] / canvas.shape[1] + 0.45), layout="constrained")

@@ -175,10 +175,7 @@ class LikelihoodModule(LightningModule, ABC):
 
     @abstractmethod
     def sample(self, num: int, mean: bool = False) -> Tensor:
-        """Draws from the model: (num, C, H, W), as images are.
-
-        With ``mean``, the last step shows p(x|z_1)'s mean, no draw: of two levels the probabilities of the second.
-        """
+        """Draws from the model: (num, C, H, W), as images are. With ``mean``, the last step shows p(x|z_1)'s mean, no draw."""
 
     @abstractmethod
     def latent_kls(self, x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class LatentModule(LikelihoodModule):
         return self.likelihood.mean(params) if mean else self.likelihood.sample(params)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Returns the mean of p(x|z_1) for z_1 ~ q(z_1|x), as the likelihood gives it: (B, C, H, W)."""
+        """Returns the mean of p(x|z_1) for z_1 ~ q(z_1|x): (B, C, H, W), as images are."""
         return self.likelihood.mean(self.decoder(self.latents_of(x)[0].z))
 
     def latent_kls(self, x: Tensor) -> Tensor:

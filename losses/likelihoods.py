@@ -49,10 +49,7 @@ class Likelihood(Protocol):
         """Returns ln P(x) in nats per image: params (B, P·C, H, W), x (B, C, H, W), uint8 where there are levels -> (B,)."""
 
     def mean(self, params: Tensor) -> Tensor:
-        """Returns the mean of each pixel: (B, C, H, W).
-
-        Of two levels it is P(x = 1), of more the one nearest to it as uint8.
-        """
+        """Returns the mean of each pixel, where there are levels the one nearest to it as uint8: (B, C, H, W)."""
 
     def sample(self, params: Tensor) -> Tensor:
         """Draws an image: (B, C, H, W), uint8 where there are levels."""
@@ -111,8 +108,8 @@ class Bernoulli:
         return sum_except_batch(F.logsigmoid(logits * to_unit(x, 2).to(logits.dtype)))  # 1 - sigmoid(l) = sigmoid(-l)
 
     def mean(self, params: Tensor) -> Tensor:
-        """Returns P(x = 1): (B, C, H, W)."""
-        return full_precision(params).sigmoid()
+        """Returns 1 where P(x = 1) > 1/2: uint8 (B, C, H, W)."""
+        return (params > 0).to(torch.uint8)
 
     def sample(self, params: Tensor) -> Tensor:
         """Draws a binary image: uint8 (B, C, H, W)."""
@@ -140,10 +137,9 @@ class Categorical:
         return -sum_except_batch(F.cross_entropy(self.logits(params), x.long(), reduction="none"))
 
     def mean(self, params: Tensor) -> Tensor:
-        """Returns the level nearest to Σ_k P(k) k, uint8, or P(1) of two levels: (B, C, H, W)."""
+        """Returns the level nearest to Σ_k P(k) k: uint8 (B, C, H, W)."""
         level = torch.arange(self.levels, device=params.device, dtype=full_precision(params).dtype)
-        mean = self.expectation(params, level)
-        return mean if self.levels == 2 else mean.round().to(torch.uint8)
+        return self.expectation(params, level).round().to(torch.uint8)
 
     def expectation(self, params: Tensor, values: Tensor) -> Tensor:
         """Returns Σ_k P(k) values_k of each pixel: (B, L·C, H, W) or (B, L, C, H, W), (L,) -> (B, C, H, W)."""
@@ -206,11 +202,8 @@ class _Discretized:
         return torch.where(lowest | highest, open_ended, self._log_mass(lower, upper, log_width))
 
     def mean(self, params: Tensor) -> Tensor:
-        """Returns the level nearest to the mean parameter, uint8, or P(1) of two levels: (B, C, H, W)."""
-        mean, log_scale = _split(params, 2).unbind(1)
-        if self.levels == 2:
-            return self.log_mass(mean, log_scale, torch.ones_like(mean)).exp()
-        return from_unit(mean, self.levels)
+        """Returns the level nearest to the mean parameter: uint8 (B, C, H, W)."""
+        return from_unit(_split(params, 2)[:, 0], self.levels)
 
     def sample(self, params: Tensor) -> Tensor:
         """Draws from the density and rounds to the nearest level, which is a draw from P: uint8 (B, C, H, W)."""
@@ -300,18 +293,12 @@ class DiscretizedLogisticMixture:
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         """Returns ln P(x), nats: (B, 3K·C, H, W), (B, C, H, W) -> (B,)."""
         _check(params, x, self.params_per_channel)
-        return sum_except_batch(self._log_mass(params, x))
-
-    def _log_mass(self, params: Tensor, x: Tensor) -> Tensor:
-        """Returns ln P(x) of each pixel, nats: (B, C, H, W)."""
         log_share, mean, log_scale = self._parts(params)
-        return torch.logsumexp(log_share + self.component.log_mass(mean, log_scale, x.unsqueeze(1)), 1)
+        return sum_except_batch(torch.logsumexp(log_share + self.component.log_mass(mean, log_scale, x.unsqueeze(1)), 1))
 
     def mean(self, params: Tensor) -> Tensor:
-        """Returns the level nearest to Σ_k π_k mean_k, each mean inside [-1, 1], uint8, or P(1) of two levels: (B, C, H, W)."""
+        """Returns the level nearest to Σ_k π_k mean_k, each mean inside [-1, 1]: uint8 (B, C, H, W)."""
         log_share, mean, _ = self._parts(params)
-        if self.levels == 2:
-            return self._log_mass(params, torch.ones_like(mean[:, 0])).exp()
         return from_unit((log_share.exp() * mean.clamp(-1, 1)).sum(1), self.levels)
 
     def sample(self, params: Tensor) -> Tensor:

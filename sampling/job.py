@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig
 from torch import Tensor
 
-from callbacks.pictures import plot_samples
+from callbacks.pictures import plot_samples, what_means_are
 from diffusion.samplers import check_moves
 from evaluation.begin import build_fabric, check_groups, check_kinds, open_run, place, say
 from evaluation.progress import progress
@@ -133,8 +133,7 @@ def draw(
     Raises:
         SettingError: if memory does not hold the images.
     """
-    real = model.levels is None or (mean and model.levels == 2)  # probabilities
-    dtype = model.likelihood_dtype if real else torch.uint8
+    dtype = model.likelihood_dtype if model.levels is None else torch.uint8
     try:
         images = torch.zeros(num, *model.image_shape, dtype=dtype)
     except (RuntimeError, TypeError):  # of a number that torch cannot hold
@@ -169,7 +168,7 @@ def keep(saved: SavedRun, images: Tensor, model: LikelihoodModule, record: dict[
         path = folder / f"drawn-{number}.npz"
         with whole(path) as draft, draft.open("wb") as file:
             np.savez(file, arr_0=images.permute(0, 2, 3, 1).contiguous().numpy())
-    kind = "means of p(x | z₁)" if record["mean"] else "draws of p(x | z₁)"
+    kind = f"{what_means_are(model.levels) if record['mean'] else 'draws of'} p(x | z₁)"
     some = f"{SHOWN} of {len(images)}" if len(images) > SHOWN else f"{len(images)}"
     took = f", {record['network_calls_per_image']} network calls each" if "network_calls_per_image" in record else ""
     figure = plot_samples(images[:SHOWN], model.levels, f"{some} samples: {kind} after {record['step']} steps{took}")

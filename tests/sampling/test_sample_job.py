@@ -10,12 +10,11 @@ from hydra import compose, initialize_config_dir
 from lightning.fabric import Fabric
 
 import sampling.job
-from callbacks.pictures import grid
 from diffusion import ancestral, ddim
 from evaluation.saved import SavedRun
-from runs.build import SettingError, build_part
+from runs.build import SettingError
 from sampling import draw
-from tests.jobs import ROOT, command, configure, run_here
+from tests.jobs import ROOT, command, run_here
 
 ALONE = Fabric(accelerator="cpu", devices=1)
 
@@ -57,17 +56,6 @@ def test_a_drawing_leaves_all_its_images_a_picture_and_how_they_came_to_be(name,
     assert "70 images, ema weights" in capsys.readouterr().out
     own, _ = draw(load(run), 70, 32, 3, True, ALONE)
     assert np.array_equal(images, own.permute(0, 2, 3, 1).numpy())
-
-
-def test_means_of_binary_data_are_drawn_in_grey(tmp_path):
-    binary = ("data=gaussian", "model=vae", "model.levels=2", "model/likelihood=bernoulli", "model.likelihood.levels=2")
-    model = build_part(configure(tmp_path, *binary).model).eval()
-    means, _ = draw(model, 20, 8, 3, True, ALONE)
-    assert means.dtype == torch.float32
-    assert 0 < means.min() < means.max() < 1
-    assert grid(means, 2, columns=5).min() < 0.5 < grid(means, 2, columns=5).max()
-    draws, _ = draw(model, 20, 8, 3, False, ALONE)
-    assert (draws.dtype, set(draws.unique().tolist())) == (torch.uint8, {0, 1})
 
 
 def test_an_earlier_drawing_is_kept(runs, tmp_path):
