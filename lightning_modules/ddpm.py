@@ -95,15 +95,18 @@ class DDPMLightningModule(LikelihoodModule):
             if calls is not None:
                 check_calls(f"model.{stage}_calls={calls!r}", calls, "; null is for all steps")
         self.likelihood = parameterization.likelihood(self.levels)
-        self.process = GaussianDiffusion(schedule(num_steps), variance)
-        if self.process.num_steps != num_steps:
-            raise ValueError(
-                f"the schedule gives {self.process.num_steps} betas for num_steps={num_steps}: give one for each step"
-            )
-        parameterization.check(self.process)
+        with torch.device("cpu"):  # the chain's numbers are checked: torch.device("meta") has none, nor a state dict these
+            process = GaussianDiffusion(schedule(num_steps), variance)
+            if process.num_steps != num_steps:
+                raise ValueError(
+                    f"the schedule gives {process.num_steps} betas for num_steps={num_steps}: give one for each step"
+                )
+            parameterization.check(process)
+            check_moves(sampler(process), num_steps)
+        device = torch.get_default_device()
+        self.process = process if device.type == "meta" else process.to(device)
         self.parameterization, self.weighting, self.timestep_sampler = parameterization, weighting, timestep_sampler
         self.sampler = sampler
-        check_moves(sampler(self.process), num_steps)
         self.calls = {"val": val_calls, "test": test_calls}
         self.clip = self.levels is not None  # x̂_0 of pixels lies in [-1, 1]: in evaluation and sampling alike, not in training
         self.network = build(network, image_shape=self.image_shape, outputs_per_channel=parameterization.outputs_per_channel)

@@ -65,6 +65,21 @@ def test_a_step_reads_nothing_from_the_device(model):
         assert loss.device == elbo.value.device == torch.device("meta")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_was_built_without_memory_is_another_once_it_has_its_weights(name, tmp_path):
+    cfg = configure(tmp_path, *MODELS[name]).model
+    model = build_part(cfg).eval()
+    with torch.device("meta"):
+        empty = build_part(cfg)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    x, found = batch(model), []
+    for one in (model, empty.eval()):
+        torch.manual_seed(1)
+        found.append(one.elbo(x).value)
+    assert torch.equal(*found)
+
+
 class Traced(TorchDispatchMode):
     """Counts the operations that make the host wait."""
 
