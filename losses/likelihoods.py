@@ -263,8 +263,9 @@ class DiscretizedLogistic(_Discretized):
 class DiscretizedLogisticMixture:
     """Σ_k π_k DiscretizedLogistic(mean_k, scale_k) for each pixel of each channel.
 
-    As in Salimans et al. (2017), eq. 2, without their coupling of channels. Params, each ``components`` times: logits of π,
-    means, ln scales.
+    As in Salimans et al. (2017), eq. 2, without their coupling of channels. Params, each ``components`` = K times: logits of π,
+    means, ln scales. The means are relative to places spread over [-1, 1]: mean_k is the parameter + linspace(-1, 1, K + 2)[k],
+    k = 1..K.
 
     Raises:
         ValueError: if ``levels`` or ``components`` is out of range.
@@ -284,7 +285,7 @@ class DiscretizedLogisticMixture:
     def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (ln π, means, ln scales): (B, 3K·C, H, W) -> (B, K, C, H, W) each.
 
-        A constant spreads the means over [-1, 1]: from equal ones, no component would ever learn to differ.
+        Places of their own, as from equal means no component would ever learn to differ.
         """
         logits, mean, log_scale = _split(params, self.params_per_channel).chunk(3, 1)
         places = torch.linspace(-1, 1, self.components + 2, dtype=mean.dtype, device=mean.device)[1:-1]
