@@ -23,7 +23,8 @@ FILES = [path for name in FLOORS for path in (ROOT / name).rglob("*.py")] + ENTR
 def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.split(".")[0]
+            if not node.module.startswith("hydra_plugins.hydra_"):  # of other packages, which share that name
+                yield node.module.split(".")[0]
         elif isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
 
