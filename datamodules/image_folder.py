@@ -21,6 +21,9 @@ from datamodules.base import DamagedDataError, ImageDataModule, Images, shuffled
 from datamodules.files import MissingDataError
 from datamodules.sampling import MOST_WORKERS, at_least
 
+# torchvision's, and others that Pillow decodes to one picture
+FORMATS = (*IMG_EXTENSIONS, ".avif", ".gif", ".jfif", ".jpe", ".jp2", ".j2k", ".pbm", ".pnm", ".tga")
+
 
 class UnreadablePictureError(DamagedDataError):
     """A picture cannot be decoded."""
@@ -117,7 +120,7 @@ class Pictures:
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Pictures below a folder, however deep, in any format of ``IMG_EXTENSIONS``.
+    """Pictures below a folder, however deep, in any format of :data:`FORMATS`.
 
     The folders ``train``, ``val`` and ``test`` below it are the splits. Validation or test pictures that have no folder are
     cut, by ``split_seed``, from ``train``, or from all other pictures if there is no ``train``.
@@ -189,7 +192,7 @@ class ImageFolderDataModule(ImageDataModule):
         if not all(splits.values()):
             raise MissingDataError(
                 f"image_folder: {self.root.absolute()} has {', '.join(f'{len(p)} {s}' for s, p in splits.items())} pictures "
-                f"({' '.join(IMG_EXTENSIONS)}); put some there, or set data.root to where they are"
+                f"({' '.join(FORMATS)}); put some there, or set data.root to where they are"
             )
         return splits
 
@@ -244,4 +247,4 @@ def _pictures(folder: Path) -> list[Path]:
         folders.sort()  # of two links to one folder the same one is followed on every file system
         paths += [Path(base, name) for name in names]
     # names that begin with a dot are a file system's own notes, such as ._cat.jpg
-    return sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))
+    return sorted(path for path in paths if path.suffix.lower() in FORMATS and not path.name.startswith("."))

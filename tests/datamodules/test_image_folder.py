@@ -51,6 +51,17 @@ def test_given_splits_are_read_back_exactly(tmp_path):
     assert data.protocol()["folder"] == tmp_path.name
 
 
+def test_all_formats_that_a_folder_may_mix_are_found_and_other_files_left_alone(tmp_path):
+    images = torch.from_numpy(RNG.integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)).expand(
+        -1, -1, -1, 3
+    )  # gif keeps greys exactly
+    for image, name in zip(images, ("a.png", "b.gif", "c.TGA", "d.bmp", "e.ppm"), strict=True):
+        Image.fromarray(image.numpy()).save(tmp_path / name)
+    (tmp_path / "labels.csv").write_text("a,b")
+    data = build(tmp_path)
+    assert as_set(torch.cat(list(data.splits.values()))) == as_set(images.permute(0, 3, 1, 2))
+
+
 def test_fractions_cut_one_folder_by_split_seed_only(tmp_path):
     everything = torch.cat([write(tmp_path / name, 10) for name in ("cats", "dogs")])
     data = build(tmp_path, val_fraction=0.2, test_fraction=0.1)
