@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class LastValidation(Callback):
@@ -39,6 +40,8 @@ class LastValidation(Callback):
             trainer.validating = True
             loop.epoch_loop.val_loop.run()
             trainer.training = True
+            if trainer.received_sigterm:  # in its last batch, where Lightning looks no more
+                raise SIGTERMException
 
         loop.run = run_or_validate
 

@@ -146,7 +146,8 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
         item = rest.pop(0)
         own = item.startswith("-")
         (flags if own else overrides).append(item)
-        takes = item in WITH_VALUE or (item in ("-i", "--info") and rest and re.fullmatch(r"[a-z][a-z-]*", rest[0]))
+        named = item in WITH_VALUE or (item[:2] == "--" and item[2:] and any(flag.startswith(item) for flag in WITH_VALUE))
+        takes = named or (item in ("-i", "--info") and rest and re.fullmatch(r"[a-z][a-z-]*", rest[0]))
         if own and takes and rest:
             flags.append(rest.pop(0))
     return [*flags, *overrides]
@@ -179,7 +180,7 @@ def _no_choice(overrides: Sequence[str]) -> str:
     entries = OmegaConf.load(CONF / f"{Path(sys.argv[0]).stem}.yaml").defaults
     unset = any(not isinstance(entry, str) and entry.get(group, "") is None for entry in entries)
     names = " or ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
-    advice = f"give {names}"
+    advice = "name one, or leave it out" if group.startswith("hydra/") else f"give {names}"  # of those, Hydra has more
     if value in ("null", "~", ""):
         if unset:
             advice = "leave it out, as nothing is chosen of it by itself"

@@ -50,12 +50,12 @@ def job_name(cfg: DictConfig, varied: Sequence[str]) -> str:
             (``ckpt``, ``data.root``), their digest joins the name, since two values are two jobs to whoever asks for both.
     """
     choices = HydraConfig.get().runtime.choices
-    beside = sorted(item.lstrip("+") for item in varied if not _is_hashed(re.split("[=@]", item.lstrip("+~"))[0]))
+    beside = sorted(item.lstrip("+") for item in varied if not is_hashed(re.split("[=@]", item.lstrip("+~"))[0]))
     suffix = f"-{digest(' '.join(beside))}" if beside else ""
     return f"{choices.model}-{choices.data}-s{cfg.seed}-{identity(cfg)}{suffix}"
 
 
-def _is_hashed(key: str) -> bool:
+def is_hashed(key: str) -> bool:
     """Whether an override's value is in :func:`identity`."""
     incidental = any(f"{key}.".startswith(f"{name}.") for name in INCIDENTAL)
     return re.split("[./]", key)[0] in CHOOSE and not incidental

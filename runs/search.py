@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, flag_override
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+from runs.identity import is_hashed
 
 STUDY = "study.db"  # as conf/hydra/sweeper/search.yaml has it, in the sweep's directory
 
@@ -32,12 +36,13 @@ def refused_search(sweeper: DictConfig, searched: Sequence[str]) -> str | None:
     return None
 
 
-def other_study(sweeper: DictConfig, overrides: Sequence[str]) -> str | None:
+def other_study(sweeper: DictConfig, overrides: Sequence[str], record: Path) -> str | None:
     """Returns a sentence for a search whose study on disk was another one; ``None`` where it goes on, or there is none.
 
     Args:
         sweeper: the config of the plugin.
         overrides: the sweep's.
+        record: where the overrides of the search before were written down.
     """
     with _study(sweeper) as (storage, study):
         if study is None:
@@ -51,6 +56,11 @@ def other_study(sweeper: DictConfig, overrides: Sequence[str]) -> str | None:
     direction = getattr(sweeper.direction, "name", sweeper.direction)
     if directions != [direction]:
         return f"hydra.sweeper.direction={direction}: the study {sweeper.storage} was begun to {directions[0]}; {instead}"
+    earlier = OmegaConf.load(record).hydra.overrides.task if record.is_file() else overrides
+    fixed, before = (sorted(_fixed(some)) for some in (overrides, earlier))
+    if fixed != before:
+        now, then = (" ".join(item for item in one if item not in other) for one, other in ((fixed, before), (before, fixed)))
+        return f"{now or 'this search'}: the study {sweeper.storage} was begun with {then or 'the default'} instead; {instead}"
     given = (f"{key}={values}" for key, values in (sweeper.params or {}).items())
     space, _ = create_params_from_overrides([*given, *overrides])
     for trial in trials:
@@ -61,6 +71,12 @@ def other_study(sweeper: DictConfig, overrides: Sequence[str]) -> str | None:
             except ValueError:
                 return f"{name}: the study {sweeper.storage} has searched other values, {_values(before)}; {instead}"
     return None
+
+
+def _fixed(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides that all trials share and that their figures depend on."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [one.input_line for one in parsed if not one.is_sweep_override() and is_hashed(one.key_or_group)]
 
 
 def _values(distribution: Any) -> str:

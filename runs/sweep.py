@@ -44,6 +44,7 @@ from runs.sweep_jobs import (
     wrong_switch,
 )
 
+REFUSED = "refused-"  # in the name of a directory for a combination that makes no config
 PLANS = {  # what happens with a job in each state
     "done": "skipped",
     "failed": "tried again",
@@ -102,16 +103,26 @@ class SweepReport(Callback):
                 self._held.enter_context(hold(self.directory, wait=0))
             except HeldElsewhere:
                 sys.exit(f"error: hydra.sweep.dir={self.directory}: another process is at this search; wait for its end")
-            if config.sweep.fresh and (self.directory / STUDY).exists():
-                move_aside(self.directory / STUDY)
+            if config.sweep.fresh:
+                self._begin_anew()
+            elif wrong := other_study(config.hydra.sweeper, config.hydra.overrides.task, self.directory / SWEEP):
+                sys.exit(f"error: {wrong}")
             # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies
             OmegaConf.save(OmegaConf.create({"hydra": {"overrides": config.hydra.overrides}}), self.directory / SWEEP)
-            if wrong := other_study(config.hydra.sweeper, config.hydra.overrides.task):
-                sys.exit(f"error: {wrong}")
             print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
         elif str(config.hydra.sweeper._target_).endswith("GridSweeper"):
             print(f"sweep in {self.directory}", flush=True)
             Console().print(self._plan(config))
+
+    def _begin_anew(self) -> None:
+        """Keeps a search's study aside, with all of its jobs; which ones the new study will have, it chooses as it goes."""
+        if (self.directory / STUDY).exists():
+            move_aside(self.directory / STUDY)
+        for directory in self.begun():
+            if directory.name.startswith(REFUSED):
+                shutil.rmtree(directory)
+            elif not is_held(directory):
+                move_aside(directory)
 
     def _plan(self, config: DictConfig) -> Table:
         table = Table()
@@ -142,11 +153,12 @@ class SweepReport(Callback):
         Returns:
             (directory, config) of the job; (one that holds the reason, ``None``) where it has no config.
         """
-        place = self.directory / f"refused-{digest(' '.join(overrides))}"
+        own = not_shared(overrides, config.hydra.overrides.task)
+        place = self.directory / f"{REFUSED}{digest(' '.join(own))}"
         try:
             cfg = compose(config.hydra.job.config_name, overrides=list(overrides), return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
-            job = job_name(cfg, not_shared(overrides, config.hydra.overrides.task))
+            job = job_name(cfg, own)
         except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
             place.mkdir(exist_ok=True)
             write_state(place, "failed", overrides, sentence(error, overrides))
@@ -180,9 +192,12 @@ class SweepReport(Callback):
 
     def states(self) -> dict[Path, tuple[str, str]]:
         """Returns {directory: (state, reason)} of what was planned and of what has begun, earlier tries left out."""
-        begun = (path.parent for path in sorted(self.directory.glob(f"*/{STATE}")))
-        jobs = dict.fromkeys([*self.planned, *(path for path in begun if not re.search(rf"{BEFORE}\d+$", path.name))])
-        return {directory: read_state(directory) for directory in jobs}
+        return {directory: read_state(directory) for directory in dict.fromkeys([*self.planned, *self.begun()])}
+
+    def begun(self) -> list[Path]:
+        """Returns the directories of jobs, earlier tries left out."""
+        directories = (path.parent for path in sorted(self.directory.glob(f"*/{STATE}")))
+        return [path for path in directories if not re.search(rf"{BEFORE}\d+$", path.name)]
 
     def done(self) -> bool:
         """Whether any job is done."""

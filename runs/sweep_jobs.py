@@ -22,6 +22,7 @@ from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, is_hel
 from runs.faults import is_fault
 from runs.identity import job_name
 from runs.relaunch import one_job
+from runs.search import is_search
 
 STATE, SWEEP = "job.json", "multirun.yaml"
 ENTRY = Path(__file__).resolve().parents[1] / "train.py"
@@ -96,7 +97,8 @@ def run_or_leave(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Pat
     own = varied(HydraConfig.get().overrides.task, sweep) if (sweep / SWEEP).is_file() else ()
     directory = sweep / job_name(cfg, own)
     try:
-        if cfg.sweep.fresh is True and directory.exists():
+        # a search has done that for all of them: it may ask for one twice
+        if cfg.sweep.fresh is True and directory.exists() and not is_search(HydraConfig.get().sweeper):
             with hold(directory):
                 move_aside(directory)
         directory.mkdir(parents=True, exist_ok=True)

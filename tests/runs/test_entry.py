@@ -181,6 +181,7 @@ def test_every_command_refuses_what_nothing_reads(line, sentence, tmp_path):
 def test_flags_may_stand_between_overrides():
     line = "model=vae --config-dir here seed=1 -m --cfg job ~logger --config-dir=x --info --info all a=b"
     flags = "--config-dir here -m --cfg job --config-dir=x --info --info all"
+    assert flags_first(["seed=1", "--config-d", "x"]) == ["--config-d", "x", "seed=1"]  # argparse takes beginnings
     assert flags_first(line.split()) == [*flags.split(), "model=vae", "seed=1", "~logger", "a=b"]
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import SeededBatches, Vitals
 from callbacks.checkpoints import WholeFiles
@@ -170,6 +171,24 @@ def test_the_last_validation_that_is_cut_off_is_done_again_though_no_step_is_lef
             run_here(tmp_path / name, *settings, f"trainer.max_steps={last_step}", "ckpt=last")
         parts, whole = ([row | {"epoch": ""} for row in rows(tmp_path / name)] for name in ("parts", "whole"))
         assert parts == whole
+
+
+def test_a_sigterm_in_the_last_batch_of_a_validation_that_is_done_again_ends_the_run_before_its_test(tmp_path, monkeypatch):
+    usual = SeededBatches.on_validation_batch_start
+    for number, kind in ((signal.SIGINT, (SystemExit, KeyboardInterrupt)), (signal.SIGTERM, SIGTERMException)):
+
+        def sends(self, trainer, module, batch, batch_idx, *rest, number=number):
+            if batch_idx == 1:  # of two
+                os.kill(os.getpid(), number)
+            return usual(self, trainer, module, batch, batch_idx, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SeededBatches, "on_validation_batch_start", sends)
+            with pytest.raises(kind):
+                run_here(tmp_path, *SHORT, "trainer.max_steps=22", "ckpt=auto")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert last(tmp_path)["global_step"] == 22
+        assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_what_validation_draws_from_is_resumed_too(tmp_path, monkeypatch):

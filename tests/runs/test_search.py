@@ -7,10 +7,11 @@ import signal
 import pytest
 from omegaconf import OmegaConf
 
-from runs.directory import hold
+from runs.directory import hold, write_json
+from runs.identity import job_name
 from runs.search import go_on, other_study
-from runs.sweep import SweepReport, run_sweep
-from tests.jobs import QUICK, command, result, run_here
+from runs.sweep import SweepReport, run_in_sweep, run_sweep
+from tests.jobs import QUICK, command, configure, result, run_here
 from tests.runs.ranks import assert_ranks_agree
 from tests.runs.sweeps import JOB, LONG, RANKS, checkpoints, start, sweeps, wandb_files
 from tests.wandb_file import records
@@ -39,26 +40,56 @@ def test_spent_trials_count_and_cut_off_ones_wait_again_with_their_values(tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "direction", "words"),
     [
-        (["model=vae,mhvae", "model.beta=interval(1,2)", "seed=1"], "minimize", None),
-        (["model=vae,mhvae", "model.beta=interval(0,9)", "trainer.max_epochs=1,2"], "minimize", None),  # Optuna takes these
-        (["model=vae,ddpm"], "minimize", "model: the study .* has searched other values, vae,mhvae; give another"),
-        (["model.beta=1,2"], "minimize", r"model.beta: .* other values, interval\(1.0,2.0\); give another hydra.sweep.dir"),
-        (["model=vae,mhvae"], "maximize", "hydra.sweeper.direction=maximize: the study .* was begun to minimize; give another"),
+        (["model=vae,mhvae", "model.beta=interval(1,2)", "seed=1", "logger=csv"], "minimize", None),
+        (["model=vae,mhvae", "model.beta=interval(0,9)", "seed=1"], "minimize", None),  # Optuna takes another interval
+        (["model=vae,mhvae", "seed=1", "trainer.max_epochs=1,2"], "minimize", None),  # and one more setting
+        (["model=vae,ddpm", "seed=1"], "minimize", "model: the study .* has searched other values, vae,mhvae; give another"),
+        (["model.beta=1,2", "seed=1"], "minimize", r"model.beta: .* other values, interval\(1.0,2.0\); give another hydra"),
+        (["model=vae,mhvae", "seed=1"], "maximize", "hydra.sweeper.direction=maximize: the study .* was begun to minimize"),
+        (["model=vae,mhvae", "seed=2"], "minimize", "seed=2: the study .* was begun with seed=1 instead; give another"),
+        (["model=vae,mhvae"], "minimize", "this search: the study .* was begun with seed=1 instead"),
+        (["model=vae,mhvae", "seed=1", "data=mnist"], "minimize", "data=mnist: the study .* with the default instead"),
     ],
 )
 def test_another_search_in_the_same_directory_is_refused_before_it_touches_the_study(overrides, direction, words, tmp_path):
     optuna = pytest.importorskip("optuna")
-    storage = f"sqlite:///{tmp_path}/study.db"
-    sweeper = {"storage": storage, "study_name": "sweep", "params": None, "direction": direction}
-    assert other_study(OmegaConf.create(sweeper), overrides) is None  # no study yet
+    storage, before = f"sqlite:///{tmp_path}/study.db", tmp_path / "multirun.yaml"
+    sweeper = OmegaConf.create({"storage": storage, "study_name": "sweep", "params": None, "direction": direction})
+    assert other_study(sweeper, overrides, before) is None  # no study yet
+    OmegaConf.save({"hydra": {"overrides": {"task": ["model=vae,mhvae", "seed=1", "logger=wandb"]}}}, before)
     distributions = optuna.distributions
     space = {
         "model": distributions.CategoricalDistribution(["vae", "mhvae"]),
         "model.beta": distributions.UniformDistribution(1.0, 2.0),
     }
     optuna.create_study(study_name="sweep", storage=storage).ask(space)
-    found = other_study(OmegaConf.create(sweeper), overrides)
+    found = other_study(sweeper, overrides, before)
     assert found is None if words is None else re.match(words, found)
+
+
+@pytest.mark.parametrize("searches", [False, True])
+def test_a_search_begun_anew_keeps_aside_what_was_there_once_and_not_what_it_has_done_itself(searches, tmp_path):
+    report = SweepReport()
+    report.directory, report.planned = tmp_path, []
+    for name in ("refused-1", "failed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "job.json").write_text("{}")
+    (tmp_path / "study.db").touch()
+    report._begin_anew()
+    assert report.states() == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["failed-before-1", "study.db-before-1"]
+    runs = []
+    for _ in range(2):  # a search may ask for one trial twice, a grid is begun twice
+
+        def run(cfg):
+            runs.append(cfg)
+            write_json(tmp_path / "run" / job_name(cfg, ()) / "result.json", {"objective": 1.0})
+            return 1.0
+
+        assert (
+            run_in_sweep(configure(tmp_path, "model=vae", "sweep.fresh=true", *["hydra/sweeper=search"] * searches), run) == 1.0
+        )
+    assert len(runs) == (1 if searches else 2)
 
 
 def test_a_trial_that_cannot_be_composed_has_failed_and_the_search_goes_on(tmp_path):

@@ -241,6 +241,7 @@ def test_a_combination_that_makes_no_config_stops_no_other(tmp_path):
         assert "1 of 2 jobs done, 1 failed" in done.stdout
         assert "model/schedule" in done.stdout.split("failed: refused-")[1]
     (sweep,) = sweeps(tmp_path)
+    command(*overrides, "sweep.retry_failed=false", cwd=tmp_path)  # a switch makes no other combination of it
     (place,) = sweep.glob("refused-*")
     assert json.loads((place / "job.json").read_text())["status"] == "failed"
     assert [path.parent.name.split("-")[0] for path in sweep.glob("*/result.json")] == ["ddpm"]
