@@ -23,6 +23,7 @@ from losses import DiagGaussian
 from losses.gaussian import HALF_LOG_2PI
 
 AT_ONCE = 256  # draws, each against the posteriors of all images
+FEW_IMAGES = 16
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016, section 5)
 
 
@@ -138,13 +139,20 @@ def _surgery(q: DiagGaussian, z: Tensor, log_p: Tensor, kl: Tensor) -> dict[str,
         told.append(own - _mixture_log_prob(q, draw))
         noise.append(own - prior - kl)  # the draws' part of ln q(z|x) - ln p(z), of mean 0
     # the two share it as they vary with it: as the other draws say, since a share of one's own would be biased
+    if len(kl) < FEW_IMAGES:  # a share of so few adds more noise than it takes
+        return _split(torch.stack(told), kl)
     shares = [
         ((a - a.mean()) * b).sum() / b.square().sum().clamp(min=torch.finfo(b.dtype).tiny)
         for a, b in zip(told, noise, strict=True)
     ]
     parts = [a - share * b for a, b, share in zip(told, noise, reversed(shares), strict=True)]
-    information = torch.stack(parts).mean().item()
-    return {"mutual_information": information, "marginal_kl": kl.mean().item() - information}
+    return _split(torch.stack(parts), kl)
+
+
+def _split(information: Tensor, kl: Tensor) -> dict[str, float]:
+    """Returns the mean KL's two parts."""
+    mean = information.mean().item()
+    return {"mutual_information": mean, "marginal_kl": kl.mean().item() - mean}
 
 
 def _mixture_log_prob(q: DiagGaussian, z: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class ProbabilityFlow:
 
     Args:
         model: a DDPM.
-        tolerance: of the solver (scipy's adaptive RK45), absolute and relative, at each step: what it adds up to is
-            :func:`solver_error`'s to say.
+        tolerance: of the solver (scipy's adaptive RK45), absolute and relative, at each step: what it adds up to
+            is not known from it.
         exact_up_to: the largest D whose divergence is summed exactly, one backward pass for each dimension; above it one
             Rademacher probe a dequantisation estimates it, unbiased (Hutchinson 1990).
     """

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 import evaluation.estimate
 import evaluation.extras
 from evaluation.extras import extra_lines
+from evaluation.flow import ProbabilityFlow
 from evaluation.profile import StepMoments
 from evaluation.report import steps_record, write_new
 from evaluation.rows import Rows
@@ -318,12 +319,32 @@ def test_pixels_have_the_flow_of_a_trained_chain(runs, tmp_path):
     assert kept["bits_per_dim"]["mean"] == pytest.approx(-kept["nats"]["mean"] * BITS)
     evaluate_here(run, "replicates=2", "probability_flow=2", "max_images=2", *QUICK)
     assert record(run)["results"]["ema"]["probability_flow"]["nats"] == kept["nats"]
-    evaluate_here(run, "replicates=2", "probability_flow=2", "max_images=2", "flow_tolerance=1e-7", *QUICK)
+    evaluate_here(run, "replicates=2", "probability_flow=2", "max_images=2", "flow_tolerance=1e-6", *QUICK)
     finer = record(run)["results"]["ema"]["probability_flow"]
     moved = abs(finer["nats"]["mean"] - kept["nats"]["mean"])
-    assert 0 < moved <= kept["solver_error_nats"]  # of the same four rows, and of the very tolerance that it is told by
-    assert finer["solver_error_nats"] < kept["solver_error_nats"] / 5
+    assert 0 < moved < 5 * kept["solver_error_nats"]
+    assert finer["solver_error_nats"] < kept["solver_error_nats"] / 2
     assert finer["evaluations"] > kept["evaluations"]
+    assert kept["solver_error_images"] == 2  # of each, one dequantisation
+
+
+def test_ctrl_c_after_the_flow_keeps_it_though_its_error_is_not_known(runs, tmp_path, monkeypatch, capsys):
+    run = runs.copy("ddpm", tmp_path)
+    usual, calls = ProbabilityFlow.log_likelihood, []
+
+    def interrupted(self, x):
+        calls.append(self.tolerance)
+        if self.tolerance < 1e-5:
+            raise KeyboardInterrupt
+        return usual(self, x)
+
+    monkeypatch.setattr(ProbabilityFlow, "log_likelihood", interrupted)
+    evaluate_here(run, "replicates=2", "probability_flow=1", "max_images=2", *QUICK)
+    kept = record(run)["results"]["ema"]["probability_flow"]
+    assert len(calls) == 2
+    assert 0.5 < kept["bits_per_dim"]["mean"] < 30
+    assert "solver_error_nats" not in kept
+    assert "probability flow: " in capsys.readouterr().out
 
 
 def test_two_ranks_give_the_figures_of_one(runs, tmp_path):

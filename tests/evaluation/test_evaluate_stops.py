@@ -81,7 +81,7 @@ def test_an_estimate_that_is_not_finite_is_no_figure(runs, tmp_path, monkeypatch
         ("vae", ["iwae_samples=100000000000"], "iwae_samples=100000000000: give an integer of at least 0 and at most 1000000"),
         ("vae", ["replicates=100000000000"], "replicates=100000000000"),
         ("ddpm", ["probability_flow=100000000000"], "probability_flow=100000000000"),
-        ("ddpm", ["flow_tolerance=0"], "flow_tolerance=0: give a number from 1e-10 to 1"),
+        ("ddpm", ["flow_tolerance=0"], "flow_tolerance=0: give a number from 1e-08 to 1"),
         ("vae", ["fabric.accelerator=[1,2]"], "fabric.accelerator=[1, 2]: give a word"),
         ("vae", ["fabric.devices=100000000000"], "fabric.devices=100000000000: give the number of devices of one machine"),
         ("vae", ["fabric.accelerator=cpu", "fabric.devices=[0]"], "fabric cannot be built with accelerator=cpu, devices=[0], "),
