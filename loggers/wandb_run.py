@@ -9,7 +9,7 @@ import secrets
 import shlex
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ REACH_SECONDS = 3.0  # for a connection, before wandb is asked at all
 INIT_SECONDS = 20.0  # wandb itself would try for 100 s and then end the run
 FINISH_SECONDS = 60.0  # for uploads at the end; by default a server that died keeps the run from ending
 STEP = "trainer/global_step"  # Lightning's name for the optimiser step
+BEST = {"val/bpd": "min", "test/bpd": "min", "val/elbo": "max", "test/elbo": "max"}  # the summary; continuous data has no bpd
 
 
 def choose_mode(mode: str | None) -> tuple[str, str]:
@@ -80,33 +81,25 @@ class EnduringWandbLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs what W&B takes."""
-        with self._enduring(metrics):
-            super().log_metrics(metrics, step)
-
-    @rank_zero_only
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Puts the best figure that a checkpoint has been kept by into the summary, beside the last of each metric.
-
-        Under a name of its own: the min or max of ``define_metric`` takes the place of the number that a sweep looks for.
-        """
-        super().after_save_checkpoint(checkpoint_callback)
-        best = checkpoint_callback.best_model_score
-        if best is not None:
-            name = f"best/{checkpoint_callback.monitor}"
-            with self._enduring([name]):
-                self.experiment.summary[name] = float(best)
-
-    @contextlib.contextmanager
-    def _enduring(self, names: Iterable[str]) -> Iterator[None]:
         try:
-            yield
+            super().log_metrics(metrics, step)
         except Exception as error:  # of any kind: its own process may be gone, or a table want an answer of the server
             if not self.failed:
                 print(
-                    f"W&B missed {', '.join(names)} ({_brief(error)}), and perhaps more: the run directory has all",
+                    f"W&B missed {', '.join(metrics)} ({_brief(error)}), and perhaps more: the run directory has all",
                     flush=True,
                 )
             self.failed = True
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Logs the best figure that a checkpoint has been kept by, which the summary has as a plain number.
+
+        A W&B sweep looks for one, and ``define_metric`` with min or max leaves none: val/bpd is {"min": ...} there.
+        """
+        super().after_save_checkpoint(checkpoint_callback)
+        if checkpoint_callback.best_model_score is not None:
+            best = {f"best/{checkpoint_callback.monitor}": float(checkpoint_callback.best_model_score)}
+            self.log_metrics(best, checkpoint_callback._last_global_step_saved)
 
 
 def wandb_logger(
@@ -154,6 +147,8 @@ def wandb_logger(
         _forget_server()  # whatever wandb raises: a logger ends no run
         mode, why = "offline", f"{why}, but {_server().netloc} started no run: {_brief(error)}"
         logger = _start(mode, **common)
+    for metric, best in BEST.items():
+        logger.experiment.define_metric(metric, step_metric=STEP, summary=best)
     # every row holds it, so that a dashboard may take it as its x axis instead
     logger.experiment.define_metric("images_seen", step_metric=STEP, summary="max")
     later = f"; upload later with: wandb sync {shlex.quote(save_dir)}/wandb/offline-run-*" if mode == "offline" else ""
