@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import re
 import sys
@@ -110,6 +111,7 @@ def start(main: Callable[[], object]) -> None:
     spin_briefly()
     take_lazy_help()
     print_what_a_terminal_lacks()
+    logging.getLogger("torch").setLevel(logging.WARNING)  # else a Ctrl-C while it is imported has it print of its caches
     sys.argv[1:] = flags_first(sys.argv[1:])
     for item in sys.argv[1:]:
         if re.fullmatch(r"paths\.output_dir=(null|~)?", item):  # Hydra makes the folder before anything else is looked at
