@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from callbacks.ema import EMA
-from callbacks.last_validation import ends_here
+from callbacks.last_validation import ends_here, is_cut_off
 from lightning_modules.base import is_logged
 from lightning_modules.sharding import load_whole, sharded_parts
 
@@ -264,11 +264,8 @@ def _check_readable(checkpoint: dict[str, Any]) -> None:
 
 def _is_validated_in_part(fit_loop: dict[str, Any]) -> bool:
     """Whether the validation after the last batch was cut off, and is to be done again."""
-    if fit_loop["epoch_loop.val_loop.batch_progress"]["is_last_batch"]:  # it has been: the totals tell the two apart no more
-        return False
-    batches, epochs = fit_loop["epoch_loop.val_loop.batch_progress"]["total"], fit_loop["epoch_progress"]["current"]
-    cut = batches["started"] == batches["ready"] == batches["processed"] + 1
-    return cut and epochs["processed"] < epochs["ready"]
+    epochs = fit_loop["epoch_progress"]["current"]
+    return is_cut_off(fit_loop["epoch_loop.val_loop.batch_progress"]) and epochs["processed"] < epochs["ready"]
 
 
 def _end_epoch(fit_loop: dict[str, Any]) -> None:

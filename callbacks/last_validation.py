@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -32,10 +34,7 @@ class LastValidation(Callback):
                 stop.patience = patience
                 trainer.should_stop |= out_of_patience(stop)
             loop.setup_data()
-            batches = loop.epoch_loop.val_loop.batch_progress
-            done = batches.total
-            cut = done.started == done.ready == done.processed + 1 and not batches.is_last_batch
-            if not loop.skip or not cut:
+            if not loop.skip or not is_cut_off(loop.epoch_loop.val_loop.batch_progress.state_dict()):
                 return run()
             trainer.validating = True
             loop.epoch_loop.val_loop.run()
@@ -50,6 +49,15 @@ class LastValidation(Callback):
         loop = trainer.fit_loop.epoch_loop
         is_due = type(loop)._should_check_val_fx
         loop._should_check_val_fx = lambda fetcher: is_due(loop, fetcher) or (ends_here(trainer) and trainer.enable_validation)
+
+
+def is_cut_off(batches: dict[str, Any]) -> bool:
+    """Whether a validation, of whose batches this is the state, was cut off and has not been done again.
+
+    Its totals stay one apart, as RunCheckpoint has marked them, also once it has been; then its last batch has been seen.
+    """
+    total = batches["total"]
+    return total["started"] == total["ready"] == total["processed"] + 1 and not batches["is_last_batch"]
 
 
 def out_of_patience(stop: EarlyStopping) -> bool:
