@@ -66,7 +66,7 @@ def pythae(rounds: int) -> list[Row]:
     from pythae.models import VAE, VAEConfig
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
-    rounds = 3 * rounds  # turns differ by more than what is looked for
+    rounds = 6 * rounds  # turns differ by more than what is looked for
 
     def network() -> VAE:
         return VAE(VAEConfig(input_dim=SHAPE, latent_dim=LATENT, reconstruction_loss="bce"))
