@@ -14,8 +14,9 @@ from comparison.collect import curve, level_kls, rate_distortion
 from comparison.groups import Group, shown
 from runs.directory import higher_is_better
 
-COLOURS = ("#4a7fc9", "#cf6226", "#3f9a63", "#9a66b8", "#b38d28", "#469cae", "#c25a80", "#7d8592", "#7c972c", "#b0603a")
-DASHES = ("solid", "dash", "dot", "dashdot")  # where there are more groups than colours
+# five that the colour-blind tell apart, and five more, whose lines are dashed: blue and purple are one colour to some of them
+COLOURS = ("#4a7fc9", "#cf6226", "#3f9a63", "#7d8592", "#7c972c", "#9a66b8", "#b38d28", "#469cae", "#c25a80", "#b0603a")
+DASHES = ("solid", "dash", "dot", "dashdot")
 FEW = 12  # points of a line that are marked
 
 
@@ -33,6 +34,12 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
+def look(number: int) -> tuple[str, str]:
+    """Returns the colour and the dash of a group's lines: forty different pairs, and no dash shared by two like colours."""
+    five = number // 5
+    return COLOURS[number % len(COLOURS)], DASHES[(five + five // len(DASHES)) % len(DASHES)]
+
+
 def lines(groups: Sequence[Group], made: go.Figure, of, every_run: bool = True, images=None) -> go.Figure:
     """Adds a line for each run that has one, one colour a group; a group's legend entry shows and hides all of them.
 
@@ -44,7 +51,7 @@ def lines(groups: Sequence[Group], made: go.Figure, of, every_run: bool = True, 
         images: run -> the same line over images seen, to change to where every line has it.
     """
     for number, group in enumerate(groups):
-        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        colour, dash = look(number)
         drawn = 0
         for run in group.runs:
             x, y = of(run)
@@ -54,7 +61,7 @@ def lines(groups: Sequence[Group], made: go.Figure, of, every_run: bool = True, 
                     x=x, y=y, mode="lines+markers" if len(x) <= FEW else "lines", name=plain(group.label),
                     legendgroup=str(number), showlegend=not drawn, opacity=0.9, hovertext=plain(run.name),
                     meta=seen if len(seen) == len(x) else None,
-                    line={"color": COLOURS[number % len(COLOURS)], "width": 1.6, "dash": dash},
+                    line={"color": colour, "width": 1.6, "dash": dash},
                 )  # fmt: skip
                 drawn += 1
     if images and made.data and all(line.meta for line in made.data):

@@ -5,13 +5,15 @@ import html
 import json
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
 from comparison.collect import collect
-from comparison.figures import COLOURS, FEW, figures, ordered, positive, thin
+from comparison.figures import COLOURS, FEW, figures, look, ordered, positive, thin
 from comparison.groups import group
 from comparison.page import config_diffs
 from tests.comparison.directories import compare, png, write_extras, write_run, write_sweep
@@ -134,10 +136,10 @@ def test_continuous_data_has_curves_of_the_bound(tmp_path):
 
 
 def test_many_groups_are_told_apart(tmp_path):
-    for number in range(3 * len(COLOURS)):
+    for number in range(4 * len(COLOURS)):
         write_run(tmp_path / f"{number}", 2.0 + number, settings={"model.latent_dim": number}, extras=True)
     looks = {(line.line.color, line.line.dash) for line in figures(groups_of(tmp_path), "test/bpd")["curves"].data}
-    assert len(looks) == 3 * len(COLOURS)
+    assert len(looks) == 4 * len(COLOURS)
 
 
 @pytest.mark.parametrize(("metric", "reversed_scale"), [("test/bpd", True), ("test/elbo", False)])
@@ -222,3 +224,25 @@ def test_lines_stand_out_in_light_and_dark(back):
     for colour in COLOURS:
         one, other = sorted((luminance(colour), luminance(back)))
         assert (other + 0.05) / (one + 0.05) > 2.9, colour
+
+
+def seen_without_red_or_green(colour):
+    """What linear RGB becomes for people without red and without green cones (Machado et al. 2009), in CIE Lab."""
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    red = [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]]
+    green = [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]]
+    for matrix in (red, green):
+        xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ np.clip(
+            np.array(matrix) @ linear, 0, 1
+        )
+        x, y, z = np.cbrt(xyz / (0.9505, 1, 1.089))
+        yield np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_groups_of_one_dash_have_colours_that_the_colour_blind_tell_apart():
+    for first, second in combinations(range(4 * len(COLOURS)), 2):
+        (one, dash), (other, other_dash) = look(first), look(second)
+        if dash == other_dash and first // 5 == second // 5:
+            pairs = zip(seen_without_red_or_green(one), seen_without_red_or_green(other), strict=True)
+            assert min(np.linalg.norm(a - b) for a, b in pairs) > 6, (one, other)
