@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,23 @@ from runs.directory import higher_is_better
 COLOURS = ("#4a7fc9", "#cf6226", "#3f9a63", "#7d8592", "#7c972c", "#9a66b8", "#b38d28", "#469cae", "#c25a80", "#b0603a")
 DASHES = ("solid", "dash", "dot", "dashdot")
 FEW = 12  # points of a line that are marked
+LONG = 60  # letters in a line of the legend
 
 
 def figure(title: str, x: str, y: str, kind: str = "linear") -> go.Figure:
     """Returns an empty figure with its captions."""
     made = go.Figure()
     made.update_layout(title={"text": title, "x": 0}, height=420, margin={"l": 60, "r": 20, "t": 50, "b": 50}, template="none")
+    made.update_layout(hoverlabel={"namelength": -1})  # the first fifteen letters of all are often the same
     made.update_xaxes(title=x, type=kind, automargin=True, exponentformat="power")
     made.update_yaxes(title={"text": y, "standoff": 12}, type=kind, automargin=True, exponentformat="power")
     return made
+
+
+def entry(label: str) -> str:
+    """Returns a group's label as the legend and the pointer show it: in several lines where one would take the plot's room."""
+    rows = [label] if len(label) <= LONG else wrap(label, LONG, break_on_hyphens=False, break_long_words=False)
+    return "<br>".join(map(plain, rows))
 
 
 def plain(text: str) -> str:
@@ -58,7 +67,7 @@ def lines(groups: Sequence[Group], made: go.Figure, of, every_run: bool = True, 
             seen = images(run)[0] if images else []
             if x and (every_run or not drawn):
                 made.add_scatter(
-                    x=x, y=y, mode="lines+markers" if len(x) <= FEW else "lines", name=plain(group.label),
+                    x=x, y=y, mode="lines+markers" if len(x) <= FEW else "lines", name=entry(group.label),
                     legendgroup=str(number), showlegend=not drawn, opacity=0.9, hovertext=plain(run.name),
                     meta=seen if len(seen) == len(x) else None,
                     line={"color": colour, "width": 1.6, "dash": dash},

@@ -25,13 +25,16 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .45rem; border-bottom: 1px solid var(--soft); text-align: right; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; } .plot { margin: 0 0 1.6rem; }
+th { white-space: normal; vertical-align: bottom; } .plot { margin: 0 0 1.6rem; min-width: 760px; }
+h1, h3, figcaption, summary, li { overflow-wrap: anywhere; }
 th.name, td.name { text-align: left; } th { cursor: pointer; background: var(--strong); } tr.best td { font-weight: 600; }
 th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::after { content: " ▼"; }
 .grids { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; width: 260px; } figure img { width: 100%; }
 a { color: inherit; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; } :target { text-decoration: underline; }
 button { font: inherit; color: inherit; background: var(--strong); border: 1px solid var(--soft); padding: .3rem .7rem; }
 figcaption, .note { font-size: .85rem; opacity: .8; } details { margin: .3rem 0; } pre { overflow-x: auto; }
+@media print { .scroll { overflow: visible; } button, .modebar { display: none; } figure, .plot { break-inside: avoid; }
+  table { font-size: .75rem; } td.name { white-space: normal; overflow-wrap: anywhere; } }
 """
 
 SCRIPT = """
@@ -55,6 +58,10 @@ function paint() {
   }
 }
 paint(); dark.addEventListener('change', paint);
+// what is as wide as the screen would be cut off by the paper's edge
+const widths = width => Object.keys(figures).forEach(id => Plotly.relayout(id, {width, autosize: width === null}));
+addEventListener('beforeprint', () => widths(900));
+addEventListener('afterprint', () => widths(null));
 const axis = document.getElementById('axis');
 axis?.addEventListener('click', () => {
   overImages = !overImages;
@@ -135,7 +142,7 @@ def page(groups: Sequence[Group], metric: str, left_out: Sequence[str], title: s
     """Returns the whole page."""
     made = figures(groups, metric)
     data = json.dumps({name: json.loads(one.to_json()) for name, one in made.items()}).replace("<", "\\u003c")
-    plots = "".join(f'<div class="plot" id="{name}"></div>' for name in made)
+    plots = "".join(f'<div class="scroll"><div class="plot" id="{name}"></div></div>' for name in made)
     if any(one.layout.meta for one in made.values()):
         plots = f'<button id="axis" type="button">over images seen</button>{plots}'
     missing = "".join(f"<li>{html.escape(line)}</li>" for line in left_out)

@@ -44,7 +44,7 @@ const wait = milliseconds => new Promise(done => setTimeout(done, milliseconds))
 """
 
 
-def browse(out, place, steps, dark=False):
+def browse(out, place, steps, dark=False, width=1280):
     """Opens a copy of the page from a file; returns what the steps saw."""
     text = (out / "comparison.html").read_text()
     copy = place / "copy.html"
@@ -55,8 +55,8 @@ def browse(out, place, steps, dark=False):
         [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={place}/user",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1280,2000", "--enable-logging=stderr",
-            "--virtual-time-budget=20000", "--dump-dom", copy.as_uri(),
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},2000",
+            "--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", copy.as_uri(),
         ],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
@@ -168,6 +168,41 @@ def test_curves_go_over_images_seen_and_numbers_of_runs_lead_to_what_they_differ
     assert seen["target"] == "schedule=linear, weighting=elbo"
 
 
+LONG = "a_residual_network_with_attention_at_every_resolution_and_a_long_name"
+ROOM = """
+seen.room = ['curves', 'levels'].map(id => {
+  const plot = document.getElementById(id), {l, w} = plot._fullLayout._size;
+  const box = name => plot.querySelector(name).getBoundingClientRect(), edge = plot.getBoundingClientRect();
+  return [w > 150, edge.left + l + w < box('.legend').left, box('.legend').right < edge.right + 1,
+    box('.gtitle').right < edge.right];
+});
+seen.names = document.getElementById('curves')._fullLayout.hoverlabel.namelength;
+seen.captions = [...document.querySelectorAll('figcaption')].map(node => node.scrollWidth <= node.clientWidth);
+seen.page = document.documentElement.scrollWidth <= innerWidth;
+const width = () => ['curves', 'levels'].map(id => document.getElementById(id)._fullLayout.width);
+dispatchEvent(new Event('beforeprint')); await wait(100); seen.paper = width();
+dispatchEvent(new Event('afterprint')); await wait(100); seen.screen = width();
+"""
+
+
+@pytest.mark.parametrize("width", [500, 1600])
+def test_long_names_leave_room_for_the_curves_and_paper_has_all_of_them(width, tmp_path):
+    for number in range(12):
+        settings = {"model.latent_dim": number + 0.1234, "model.beta": number}
+        write_run(
+            tmp_path / "runs" / f"{number}", 2.0 + number, choices={"model/encoder": LONG}, settings=settings, extras=True
+        )
+    write_run(tmp_path / "runs" / "other", 20.0, choices={"model/encoder": f"{LONG}er"}, extras=True)
+    seen = browse(compare(tmp_path / "out", tmp_path / "runs"), tmp_path / "place", ROOM, width=width)
+    assert seen["room"] == [[True] * 4] * 2
+    assert seen["names"] == -1
+    assert len(seen["captions"]) == 13
+    assert all(seen["captions"])
+    assert seen["page"]
+    assert seen["paper"] == [900, 900]
+    assert seen["screen"] == [max(width - 32, 760)] * 2 if width < 1000 else [1240 - 32] * 2
+
+
 def luminance(colour):
     red, green, blue = (float(one) / 255 for one in re.findall(r"[\d.]+", colour)[:3])
     linear = [one / 12.92 if one <= 0.03928 else ((one + 0.055) / 1.055) ** 2.4 for one in (red, green, blue)]
@@ -197,7 +232,8 @@ def test_hostile_names_stay_text_in_a_browser(tmp_path):
     out = compare(tmp_path / "out", tmp_path / "runs")
     steps = """
     seen.cells = [...document.querySelectorAll('tbody tr')].map(row => row.cells[0].textContent);
-    seen.legend = [...document.querySelectorAll('#curves .legendtext')].map(one => one.textContent);
+    const lines = one => [...one.querySelectorAll('.line')].map(line => line.textContent).join(' ');
+    seen.legend = [...document.querySelectorAll('#curves .legendtext')].map(one => lines(one) || one.textContent);
     seen.ticks = [...document.querySelectorAll('#heat .ytick text')].map(one => one.textContent);
     seen.title = document.title;
     """
