@@ -83,9 +83,12 @@ def figures(groups: Sequence[Group], metric: str) -> dict[str, go.Figure]:
     made = {"curves": learning(groups, "Validation", "val/bpd", "val/bpd")}
     if not made["curves"].data:
         made["elbo"] = learning(groups, "Validation ELBO", "val/elbo (nats)", "val/elbo")
+    caption = "Cost of each latent or step (the last is the prior term), first seed"
+    if any(cost <= 0 for own in groups for cost in level_kls(own.runs[0])[1]):
+        caption += "; those of 0 or less are left out"  # as log ratios of a drawn chain may be
     made["levels"] = lines(
         groups,
-        figure("Cost of each latent or step (the last is the prior term), first seed", "t", "KL or ln q/p (nats)", "log"),
+        figure(caption, "t", "KL or ln q/p (nats)", "log"),
         lambda run: thin(*positive(*level_kls(run))),
         every_run=False,
     )

@@ -129,6 +129,15 @@ def test_a_line_of_one_point_can_be_seen(tmp_path):
     assert [line.mode for line in figures(groups_of(tmp_path), "test/bpd")["curves"].data] == ["lines+markers", "lines"]
 
 
+def test_costs_that_a_logarithm_cannot_show_are_said_to_be_left_out(tmp_path):
+    directory = write_run(tmp_path / "a", 2.0, extras=True)
+    assert "left out" not in figures(groups_of(tmp_path), "test/bpd")["levels"].layout.title.text
+    (directory / "plots" / "kl_per_level.csv").write_text("t,nats\n1,0.5\n2,-0.25\n3,0.125\n")
+    levels = figures(groups_of(tmp_path), "test/bpd")["levels"]
+    assert list(levels.data[0].x) == [1, 3]
+    assert levels.layout.title.text.endswith("; those of 0 or less are left out")
+
+
 def test_continuous_data_has_curves_of_the_bound(tmp_path):
     directory = write_run(tmp_path / "a", 90.0, continuous=True)
     (directory / "metrics.csv").write_text("step,val/elbo\n1,-100\n2,-90\n")
