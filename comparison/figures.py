@@ -81,7 +81,7 @@ def lines(groups: Sequence[Group], made: go.Figure, of, every_run: bool = True, 
 def figures(groups: Sequence[Group], metric: str) -> dict[str, go.Figure]:
     """Returns every figure that these runs have data for: {id: figure}."""
     made = {"curves": learning(groups, "Validation", "val/bpd", "val/bpd")}
-    if not made["curves"].data:
+    if not made["curves"].data or any(run.continuous for own in groups for run in own.runs):  # which has no bits/dim
         made["elbo"] = learning(groups, "Validation ELBO", "val/elbo (nats)", "val/elbo")
     caption = "Cost of each latent or step (the last is the prior term), first seed"
     if any(cost <= 0 for own in groups for cost in level_kls(own.runs[0])[1]):

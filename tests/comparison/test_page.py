@@ -142,6 +142,9 @@ def test_continuous_data_has_curves_of_the_bound(tmp_path):
     directory = write_run(tmp_path / "a", 90.0, continuous=True)
     (directory / "metrics.csv").write_text("step,val/elbo\n1,-100\n2,-90\n")
     assert list(figures(groups_of(tmp_path, "test/elbo"), "test/elbo")) == ["elbo"]
+    write_run(tmp_path / "b", 2.0, extras=True)
+    made = figures(groups_of(tmp_path, "test/elbo"), "test/elbo")
+    assert [len(made[name].data) for name in ("curves", "elbo")] == [1, 2]  # beside images with levels too
 
 
 def test_many_groups_are_told_apart(tmp_path):
