@@ -155,6 +155,7 @@ def page(groups: Sequence[Group], metric: str, left_out: Sequence[str], title: s
 <p class="note">{len(runs)} runs in {len(groups)} groups, best first by {html.escape(metric)} among those on the
 same images. Click a heading to sort, a legend entry to hide its runs, a number of runs to see what they differ in. Differences
 are paired over common seeds, with a 95% confidence interval.</p>
+<noscript><p class="note">Sorting and plots want JavaScript, which does not run here.</p></noscript>
 {table(groups, metric)}
 {f"<h2>Notes</h2><ul>{missing}</ul>" if missing else ""}
 {f"<h2>Plots</h2>{plots}" if plots else ""}

@@ -129,6 +129,12 @@ def test_a_line_of_one_point_can_be_seen(tmp_path):
     assert [line.mode for line in figures(groups_of(tmp_path), "test/bpd")["curves"].data] == ["lines+markers", "lines"]
 
 
+def test_without_javascript_the_page_says_what_it_lacks(tmp_path):
+    write_run(tmp_path / "runs" / "a", 2.0, extras=True)
+    text = written(compare(tmp_path / "out", tmp_path / "runs"))
+    assert re.search(r"<noscript>.*JavaScript.*</noscript>", text)
+
+
 def test_costs_that_a_logarithm_cannot_show_are_said_to_be_left_out(tmp_path):
     directory = write_run(tmp_path / "a", 2.0, extras=True)
     assert "left out" not in figures(groups_of(tmp_path), "test/bpd")["levels"].layout.title.text
