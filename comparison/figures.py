@@ -128,18 +128,41 @@ def thin(x: list, y: list, most: int = 400) -> tuple[list, list]:
 
 
 def heat_map(groups: Sequence[Group], metric: str) -> go.Figure:
-    """Returns the metric over two varied settings."""
+    """Returns the metric over two varied settings: of a grid as cells, of a search, whose numbers hardly recur, as points."""
     first, second = groups[0].values
     down, across = (ordered(group.values[key] for group in groups) for key in (first, second))
     cell = {(shown(group.values[first]), shown(group.values[second])): group.mean for group in groups}
+    if 2 * len(cell) < len(down) * len(across):
+        return points(groups, metric)
     values = [[cell.get((row, column)) for column in across] for row in down]
     made = figure(f"{plain(metric)}, mean over seeds", plain(second), plain(first), "category")
     made.add_heatmap(
         x=[plain(name) for name in across], y=[plain(name) for name in down], z=values, colorscale="Viridis",
-        reversescale=not higher_is_better(metric), texttemplate="%{z:.3f}", textfont={"size": 14}, hoverongaps=False,
+        reversescale=not higher_is_better(metric), texttemplate="%{z:.3f}", hoverongaps=False,
     )  # fmt: skip
     made.update_yaxes(autorange="reversed")  # read from the top
+    made.update_layout(height=max(420, 130 + 22 * len(down)))
     return made
+
+
+def points(groups: Sequence[Group], metric: str) -> go.Figure:
+    """Returns the metric over two varied numbers, a point for each group; empty where one is no number in some groups."""
+    first, second = groups[0].values
+    down, across = ([group.values[key] for group in groups] for key in (first, second))
+    if not all(type(value) in (int, float) for value in (*down, *across)):
+        return go.Figure()
+    made = figure(f"{plain(metric)}, mean over seeds", plain(second), plain(first))
+    made.update_xaxes(type=_scale(across)).update_yaxes(type=_scale(down))
+    means = [group.mean for group in groups]
+    colours = {"color": means, "colorscale": "Viridis", "reversescale": not higher_is_better(metric), "showscale": True}
+    made.add_scatter(
+        x=across, y=down, mode="markers", name="", text=[f"{mean:.4f}" for mean in means], marker={"size": 12, **colours}
+    )
+    return made
+
+
+def _scale(values: Sequence[float]) -> str:
+    return "log" if min(values) > 0 and max(values) > 30 * min(values) else "linear"
 
 
 def ordered(values: Iterable[Any]) -> list[str]:

@@ -129,6 +129,20 @@ def test_a_line_of_one_point_can_be_seen(tmp_path):
     assert [line.mode for line in figures(groups_of(tmp_path), "test/bpd")["curves"].data] == ["lines+markers", "lines"]
 
 
+def test_a_search_over_two_numbers_is_drawn_as_points(tmp_path):
+    for number in range(6):
+        settings = {"model.optimizer.lr": 10.0**-number, "model.beta": 1.0 + number / 7}
+        write_run(tmp_path / "numbers" / f"{number}", 2.0 + number, settings=settings)
+    made = figures(groups_of(tmp_path / "numbers"), "test/bpd")["heat"]
+    (drawn,) = made.data
+    assert (drawn.type, len(drawn.x), list(drawn.marker.color)) == ("scatter", 6, [2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    assert (made.layout.xaxis.type, made.layout.yaxis.type) == ("log", "linear")
+    for number in range(6):
+        settings = {"model.optimizer.lr": f"{number}", "model.beta": number}
+        write_run(tmp_path / "words" / f"{number}", 2.0 + number, settings=settings)
+    assert "heat" not in figures(groups_of(tmp_path / "words"), "test/bpd")
+
+
 def test_without_javascript_the_page_says_what_it_lacks(tmp_path):
     write_run(tmp_path / "runs" / "a", 2.0, extras=True)
     text = written(compare(tmp_path / "out", tmp_path / "runs"))
