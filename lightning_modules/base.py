@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.lr_schedules import Constant
-from lightning_modules.metric import TERMS, ElboMetric, stacked
+from lightning_modules.metric import TERMS, ElboMetric, TrainingTerms
 from lightning_modules.sharding import gather, release, shard, sharded_parts
 from losses import Elbo, to_unit
 from losses.elbo import nats_to_bits_per_dim
@@ -108,7 +109,7 @@ class LikelihoodModule(LightningModule, ABC):
         self.val_metric, self.test_metric = ElboMetric(), ElboMetric()
         self.train_row: dict[str, float | Tensor] = {}
         self.num_scored = 0
-        self._noted: list[Tensor] = []
+        self._training_terms, self._noted = TrainingTerms(), None
         self._given: list[dict[str, Any]] = []
 
     @classmethod
@@ -250,7 +251,9 @@ class LikelihoodModule(LightningModule, ABC):
         Only with those: what else stands in a parameter group may be the optimiser's own state. What an earlier training of
         this model has noted, and was cut off before it wrote it, is left behind.
         """
-        self._noted, self.train_row = [], {}
+        self._noted, self.train_row = None, {}
+        if not self.trainer.global_step:
+            self._training_terms = TrainingTerms()
         scheduler = self.lr_schedulers()
         if not self._given or type(scheduler) is not LambdaLR:  # a subclass has an optimiser or a schedule of its own
             return
@@ -262,6 +265,25 @@ class LikelihoodModule(LightningModule, ABC):
 
     def before_stop(self) -> None:
         """Called on every rank when all have agreed to stop after this batch: gives rank 0 what its checkpoint is to hold."""
+        self._training_terms.share(self.trainer.strategy)
+
+    def on_validation_start(self) -> None:
+        """Gives rank 0 the terms of all ranks since the last row: after validation a checkpoint is written."""
+        self._training_terms.share(self.trainer.strategy)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the terms since the last row of training."""
+        checkpoint["training_terms"] = self._training_terms.recorded()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with them where training goes on."""
+        if self.goes_on:
+            self._training_terms = TrainingTerms.restored(checkpoint.get("training_terms"))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a checkpoint is being loaded to train on, not to test."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Sets Lightning's count of steps, which numbers the rows of validation: resumed within an epoch it may be too high."""
@@ -269,20 +291,21 @@ class LikelihoodModule(LightningModule, ABC):
 
     @signed
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
-        """Minimises :meth:`objective`; every ``log_every_n_steps`` its loss and the bound's terms go to the loggers."""
+        """Minimises :meth:`objective`; every ``log_every_n_steps`` the means since the last time go to the loggers."""
         loss, elbo = self.objective(x)
+        if self.trainer.log_every_n_steps > 0:
+            self._training_terms.add(loss, elbo)
         if is_logged(self.trainer, self.trainer.global_step + 1):
-            self._note_terms(loss.detach(), elbo)
+            self._note_terms()
         return loss
 
-    def _note_terms(self, loss: Tensor, elbo: Elbo) -> None:
-        """Keeps this batch's means over all ranks, for callbacks and for the row that :meth:`on_train_batch_end` writes.
+    def _note_terms(self) -> None:
+        """Keeps the means over all ranks, for callbacks and for the row that :meth:`on_train_batch_end` writes.
 
         Not by ``self.log``: from then on Lightning would read what a progress bar shows from the device after every batch.
         """
-        means = torch.cat([loss.unsqueeze(0), stacked(elbo).mean(1).to(loss.dtype)])
-        self._noted.append(self.trainer.strategy.reduce(means, reduce_op="mean"))
-        self.trainer.callback_metrics.update(self._headline(self._noted[-1][1]), **{"train/loss": self._noted[-1][0]})
+        self._noted = self.trainer.strategy.reduce(self._training_terms.means(), reduce_op="mean")
+        self.trainer.callback_metrics.update(self._headline(self._noted[1]), **{"train/loss": self._noted[0]})
 
     def _headline(self, nats: Tensor | float) -> dict[str, Tensor | float]:
         """Returns train/bpd, or train/elbo of continuous data, by name: of the bound in nats."""
@@ -291,21 +314,21 @@ class LikelihoodModule(LightningModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         """Writes the row of this step, if it is one that is logged: the terms, and what callbacks added to ``train_row``.
 
-        Straight to the loggers and in one piece: ``self.log`` takes a third of a millisecond for every single number. Where
-        gradients are accumulated the terms are the means over the batches of the step.
+        Straight to the loggers and in one piece: ``self.log`` takes a third of a millisecond for every single number. Loss and
+        terms are means over the batches since the last row: one alone seldom has a DDPM's t = 1, and is far off where it has.
         """
         trainer = self.trainer
         stepped = trainer.global_step > trainer.fit_loop.epoch_loop._batches_that_stepped  # which Lightning raises after this
-        if not stepped or not self._noted or not is_logged(trainer, trainer.global_step):
+        if not stepped or self._noted is None or not is_logged(trainer, trainer.global_step):
             return
-        loss, *nats = torch.stack(self._noted).mean(0).tolist()
+        loss, *nats = self._noted.tolist()
         headline = self._headline(nats[0])
         trainer.progress_bar_metrics.update(headline)
         row = {"train/loss": loss, **{f"train/{name}": value for name, value in zip(TERMS, nats, strict=True)}, **headline}
         row |= {name: float(value) for name, value in self.train_row.items()}
         for logger in trainer.loggers:
             logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
-        self._noted, self.train_row = [], {}
+        self._training_terms, self._noted, self.train_row = TrainingTerms(), None, {}
 
     def validation_step(self, x: Tensor, batch_idx: int) -> None:
         """Adds the batch's terms to the running sums."""

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion, Parameterization, ancestral, elbo, low_discrepancy, small
@@ -264,20 +263,23 @@ class DDPMLightningModule(LikelihoodModule):
 
     def on_validation_start(self) -> None:
         """Turns the steps' KLs seen in training into the proposal that validation draws t from."""
+        super().on_validation_start()
         self.step_profile.refresh(self.trainer.strategy)
 
     def before_stop(self) -> None:
         """Gives rank 0 the steps' KLs that all ranks have seen since the last validation."""
+        super().before_stop()
         self.step_profile.share(self.trainer.strategy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the proposal of the next validation follows from."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["step_profile"] = self.step_profile.recorded()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with it where training goes on."""
-        goes_on = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if goes_on and "step_profile" in checkpoint:
+        super().on_load_checkpoint(checkpoint)
+        if self.goes_on and "step_profile" in checkpoint:
             self.step_profile.restore(checkpoint["step_profile"], self.trainer.strategy)
 
     def _log_likelihood(self, output: Tensor, x: Tensor, x_1: Tensor, clip: bool) -> Tensor:

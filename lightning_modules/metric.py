@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -13,11 +14,68 @@ from losses import Elbo
 from losses.elbo import SIGNS
 
 TERMS = ("elbo", *SIGNS)
+MOST_KEPT = 64  # batches
 
 
 def stacked(elbo: Elbo) -> Tensor:
     """Returns the bound and its terms in the order of :data:`TERMS`, without a gradient: (4, B), nats."""
     return torch.cat([elbo.value.unsqueeze(0), elbo.terms()]).detach()
+
+
+class TrainingTerms:
+    """The loss and the bound's terms of training, batch by batch, until a row of their means is written.
+
+    A batch is kept as it is, and added up with others when there are many, or the means are asked for: an addition in every
+    step would cost more than all of them together.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Elbo]] = []
+        self._sums: Tensor | None = None  # of the loss over batches, and of the terms over images
+        self._batches = self._images = 0
+
+    def add(self, loss: Tensor, elbo: Elbo) -> None:
+        """Adds a batch: loss (), terms (B,)."""
+        terms = (getattr(elbo, name).detach() for name in SIGNS)
+        self._kept.append((loss.detach(), Elbo(*terms)))
+        if len(self._kept) == MOST_KEPT:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if not self._kept:
+            return
+        losses, elbos = zip(*self._kept, strict=True)
+        together = stacked(Elbo(*(torch.cat([getattr(elbo, name) for elbo in elbos]) for name in SIGNS)))
+        # in float64, or a run that went on would have other last digits: where batches are added up depends on where it stopped
+        dtype = torch.float32 if together.device.type == "mps" else torch.float64
+        sums = torch.cat([torch.stack(losses).sum(0, keepdim=True, dtype=dtype), together.sum(1, dtype=dtype)])
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
+        self._batches, self._images = self._batches + len(losses), self._images + together.shape[1]
+        self._kept = []
+
+    def means(self) -> Tensor:
+        """Returns the mean loss, and the means of :data:`TERMS` over this rank's images, nats: (5,) float32."""
+        self._add_up()
+        return torch.cat([self._sums[:1] / self._batches, self._sums[1:] / self._images]).float()
+
+    def share(self, strategy: Strategy) -> None:
+        """Gives every rank, and so the next checkpoint, the mean of all ranks' sums."""
+        self._add_up()
+        if self._sums is not None:
+            self._sums = strategy.reduce(self._sums.to(strategy.root_device), reduce_op="mean")
+
+    def recorded(self) -> dict[str, Any]:
+        """Returns what :meth:`restored` takes."""
+        self._add_up()
+        return {"sums": self._sums, "batches": self._batches, "images": self._images}
+
+    @classmethod
+    def restored(cls, recorded: dict[str, Any] | None) -> TrainingTerms:
+        """Returns one that goes on with what another training has added up; with nothing, if there is no record of it."""
+        terms = cls()
+        if recorded is not None:
+            terms._sums, terms._batches, terms._images = (recorded[name] for name in ("sums", "batches", "images"))
+        return terms
 
 
 class ElboMetric(Metric):

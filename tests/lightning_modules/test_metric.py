@@ -1,11 +1,12 @@
 """The sums behind val/bpd and test/bpd."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lightning_modules.metric import ElboMetric
+from lightning_modules.metric import MOST_KEPT, ElboMetric, TrainingTerms
 from losses import Elbo
 
 
@@ -42,3 +43,33 @@ def test_standard_errors_are_those_of_the_sample():
     found, value = metric.compute(), values[0] - values[1] - values[2]
     assert found["elbo_se"].item() == pytest.approx(value.std().item() / math.sqrt(7))
     assert found["prior_se"].item() == pytest.approx(values[1].std().item() / math.sqrt(7))
+
+
+def batch(value, num=2):
+    return torch.tensor(value), Elbo(*(torch.full((num,), value * factor, requires_grad=True) for factor in (1.0, 2.0, 3.0)))
+
+
+def test_terms_of_training_are_means_over_batches_and_images_and_hold_no_graph():
+    terms = TrainingTerms()
+    for value in range(MOST_KEPT):  # these are added up by themselves
+        terms.add(*batch(float(value)))
+    terms.add(*batch(1000.0, 4))
+    loss = (sum(range(MOST_KEPT)) + 1000) / (MOST_KEPT + 1)
+    mean = (2 * sum(range(MOST_KEPT)) + 4000) / (2 * MOST_KEPT + 4)
+    assert terms.means().tolist() == pytest.approx([loss, -4 * mean, mean, 2 * mean, 3 * mean])
+    assert not terms.means().requires_grad
+
+
+def test_a_checkpoint_has_the_terms_of_all_ranks_from_which_each_goes_on():
+    ranks = [TrainingTerms(), TrainingTerms()]
+    for rank, value in zip(ranks, (1.0, 5.0), strict=True):
+        rank.add(*batch(value))
+        rank._add_up()
+    both = sum(rank.recorded()["sums"] for rank in ranks) / 2
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda sums, reduce_op: both)
+    ranks[0].share(strategy)
+    again = [TrainingTerms.restored(ranks[0].recorded()) for _ in ranks]
+    for rank, value in zip(again, (2.0, 8.0), strict=True):
+        rank.add(*batch(value))
+    assert sum(rank.means()[0].item() for rank in again) / 2 == (1 + 5 + 2 + 8) / 4
+    assert TrainingTerms.restored(None).recorded() == {"sums": None, "batches": 0, "images": 0}

@@ -128,6 +128,27 @@ def test_what_was_cut_off_leaves_nothing_in_what_comes_next(tmp_path):
     assert (validated(), trained(images=loader())) == alone
 
 
+def test_a_row_of_training_is_of_all_batches_since_the_last_one_also_where_a_run_went_on_between(model, tmp_path):
+    losses, elbos, logger, objective = [], [], Rows(), model.objective
+
+    def noted(x):
+        loss, elbo = objective(x)
+        losses.append(loss.item())
+        elbos.append(elbo.value.detach())
+        return loss, elbo
+
+    model.objective = noted
+    for steps, earlier in ((4, None), (9, tmp_path / "own.ckpt")):
+        trainer = plain(tmp_path, logger=logger, log_every_n_steps=3, max_steps=steps, max_epochs=-1)
+        trainer.fit(model, loader(10), ckpt_path=earlier)  # of 10, 10 and 4 images
+        trainer.save_checkpoint(tmp_path / "own.ckpt")
+    assert [row["train/loss"] for row in logger.rows] == pytest.approx([sum(losses[i : i + 3]) / 3 for i in (0, 3, 6)])
+    means = [torch.cat(elbos[i : i + 3]).mean().item() for i in (0, 3, 6)]
+    assert [row["train/elbo"] for row in logger.rows] == pytest.approx(means)
+    assert len(losses) == 9
+    assert sum(row["train/reconstruction"] != 0 for row in logger.rows) == 3
+
+
 def test_a_callback_counts_each_run_for_itself_and_the_sessions_of_one_together(tmp_path):
     vitals = Vitals()
     for _ in range(2):
