@@ -19,7 +19,7 @@ from losses.elbo import nats_to_bits_per_dim
 
 BALANCE_DRAWS = 8
 SOLVED_AGAIN = 4  # images
-FEW_EFFECTIVE = 10  # of the importance-weighted bound's draws: it is then low by a twentieth of a nat or more
+LOW = 0.05  # nats that the importance-weighted bound misses: few of its draws then carry the sum
 
 
 def extras(setting: Setting, bound: Bound, records: dict[str, Any]) -> dict[str, Any]:
@@ -131,8 +131,8 @@ def extra_lines(extra: dict[str, Any], model: LikelihoodModule) -> list[str]:
     lines = []
     if iwae := extra.get("iwae"):
         gap, effective = iwae["gap_to_elbo"], iwae["effective_samples"]
-        enough = FEW_EFFECTIVE if iwae["samples"] > FEW_EFFECTIVE else iwae["samples"] / 2
-        few = ": a few draws carry the sum, and ln p(x) may be far above" if effective < enough else ""
+        low = 0.5 * (1 / effective - 1 / iwae["samples"])  # nothing where all weights are equal, however few
+        few = ": a few draws carry the sum, and ln p(x) may be far above" if low > LOW else ""
         lines.append(
             f"importance-weighted bound, K = {iwae['samples']}: {shown(iwae)}; {gap['mean']:.3f} ± {gap['se']:.3f} nats "
             f"above the ELBO; {effective:.1f} effective samples{few}"

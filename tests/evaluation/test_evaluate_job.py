@@ -423,14 +423,19 @@ def test_the_tables_columns_are_what_their_headings_say(replicates, errors, runs
 
 
 def test_an_importance_weighted_bound_that_few_draws_carry_says_so():
-    def line(effective):
+    def line(effective, samples=50):
         figure = {"mean": -20.0, "se": 0.5}
-        iwae = {"samples": 50, "nats": figure, "gap_to_elbo": {"mean": 3.0, "se": 0.25}, "effective_samples": effective}
+        gap = {"mean": 3.0, "se": 0.25}
+        iwae = {"samples": samples, "nats": figure, "gap_to_elbo": gap, "effective_samples": effective}
         (printed,) = extra_lines({"iwae": iwae}, SimpleNamespace(levels=None))
         return printed
 
     assert "3.000 ± 0.250 nats above the ELBO; 1.5 effective samples: a few draws carry the sum" in line(1.5)
     assert line(30.0).endswith("30.0 effective samples")
+    # nearly equal weights miss nothing, however few they are; of two draws, one may carry the sum as well
+    assert line(9.5, samples=11).endswith("9.5 effective samples")
+    assert "a few draws carry the sum" in line(1.2, samples=2)
+    assert line(1.0, samples=1).endswith("1.0 effective samples")
 
 
 def test_a_record_stays_until_the_new_one_takes_its_place_and_with_its_pictures(tmp_path, monkeypatch):
