@@ -28,6 +28,7 @@ from runs.help import help_text
 from runs.interrupts import listen
 from runs.lifelines import BEGUN_BY, end_rank_with_parent
 from runs.names import no_setting
+from runs.output import fill_closed, outlive_readers
 
 FULL = "HYDRA_FULL_ERROR"
 WITH_VALUE = (  # of Hydra's flags
@@ -106,11 +107,13 @@ def start(main: Callable[[], object]) -> None:
         main: the decorated function.
     """
     listen()
+    fill_closed()
     end_rank_with_parent()
     os.environ[BEGUN_BY] = str(os.getpid())
     spin_briefly()
     take_lazy_help()
     print_what_a_terminal_lacks()
+    outlive_readers()
     logging.getLogger("torch").setLevel(logging.WARNING)  # else a Ctrl-C while it is imported has it print of its caches
     sys.argv[1:] = flags_first(sys.argv[1:])
     for item in sys.argv[1:]:

@@ -127,6 +127,47 @@ def test_what_a_terminal_lacks_ends_no_command(variables):
     assert (ended.stdout.split(), ended.stderr) == ([r"\u2211", r"\u2212"], "")
 
 
+LATE = """
+import os, sys
+from runs.entry import start
+
+def job():
+    print("first", flush=True)
+    sys.stdin.readline()
+    for stream in (sys.stdout, sys.stderr):
+        print("unread", file=stream, flush=True)
+    os.write(int(sys.argv[1]), b"ended")
+
+start(job)
+"""
+
+
+def test_a_job_outlives_whoever_reads_what_it_prints():
+    kept, own = os.pipe()
+    job = subprocess.Popen(
+        [sys.executable, "-c", LATE, str(own)], cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=subprocess.STDOUT, pass_fds=[own]
+    )
+    assert job.stdout.readline() == b"first\n"
+    job.stdout.close()
+    job.stdin.close()
+    os.close(own)
+    with open(kept, "rb") as ended:
+        assert (job.wait(timeout=60), ended.read()) == (0, b"ended")
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_job_that_begins_without_streams_opens_no_file_in_their_place(closed, tmp_path):
+    job = "lambda: [print('unread'), open('number', 'w').write(str(open('other', 'w').fileno())), sys.stdout.isatty()]"
+    program = f"import sys; from runs.entry import start; start({job})"
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == 0
+    assert int((tmp_path / "number").read_text()) > 2
+
+
 def test_what_the_system_refuses_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     for error, sentence in (
