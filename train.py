@@ -42,8 +42,9 @@ def main(cfg: DictConfig) -> float | None:
 if __name__ == "__main__":
     from runs.entry import start
     from runs.identity import is_sweep, with_choices, with_sweep_directory
+    from runs.repeating import as_another_run
 
-    sys.argv = with_sweep_directory(sys.argv)
+    sys.argv = with_sweep_directory(as_another_run(sys.argv))
     if is_sweep(sys.argv):
         from runs.sweep import run_sweep
 

@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 CONF = Path(__file__).resolve().parents[1] / "conf"  # of all entry points
 NAME = "train"  # the one it begins with
@@ -20,6 +21,12 @@ def as_value(text: str) -> str:
     except HydraException:
         read = None
     return text if read == text and "$" not in text else QuotedString(text, Quote.single).with_quotes()
+
+
+def chosen(cfg: DictConfig, group: str) -> str:
+    """Returns the name of what was chosen of a group; a config without choices, as a run's config.yaml, has a class's."""
+    name = HydraConfig.get().runtime.choices.get(group)
+    return name or str(OmegaConf.select(cfg, f"{group}._target_")).rpartition(".")[2]
 
 
 def config_flags() -> list[str]:

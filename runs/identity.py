@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Sequence
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+
+from runs.commands import chosen
 
 DEFINES = ("model", "data", "trainer", "callbacks", "seed")  # what a job's figures depend on; loggers and paths are not in it
 # but for these, by which no figure changes
@@ -49,10 +50,9 @@ def job_name(cfg: DictConfig, varied: Sequence[str]) -> str:
         varied: its overrides that not all jobs of the sweep share. Where the sweep goes over what is not in the identity
             (``ckpt``, ``data.root``), their digest joins the name, since two values are two jobs to whoever asks for both.
     """
-    choices = HydraConfig.get().runtime.choices
     beside = sorted(item.lstrip("+") for item in varied if not is_hashed(re.split("[=@]", item.lstrip("+~"))[0]))
     suffix = f"-{digest(' '.join(beside))}" if beside else ""
-    return f"{choices.model}-{choices.data}-s{cfg.seed}-{identity(cfg)}{suffix}"
+    return f"{chosen(cfg, 'model')}-{chosen(cfg, 'data')}-s{cfg.seed}-{identity(cfg)}{suffix}"
 
 
 def is_hashed(key: str) -> bool:

@@ -34,6 +34,7 @@ from lightning_modules import LikelihoodModule
 from loggers import MetricsCSV, finish_wandb, wandb_logger
 from losses.elbo import nats_to_bits_per_dim
 from runs.build import SettingError, build_part, factory, plain
+from runs.commands import chosen
 from runs.data import load_data
 from runs.devices import compile_networks, is_child_rank
 from runs.directory import CONFIG, FORMAT, LOCK, hold, hold_free, whole, withdraw_result
@@ -123,9 +124,8 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
 
 def describe(cfg: DictConfig, model: LikelihoodModule, datamodule: ImageDataModule) -> str:
     """Returns the line a run starts with: what is trained on what."""
-    choices = HydraConfig.get().runtime.choices
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return f"model={choices.model} ({parameters:,} parameters)  data={datamodule.describe()}  seed={cfg.seed}"
+    return f"model={chosen(cfg, 'model')} ({parameters:,} parameters)  data={datamodule.describe()}  seed={cfg.seed}"
 
 
 def build_trainer(cfg: DictConfig, config: dict[str, Any], directory: Path) -> Trainer:

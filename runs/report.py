@@ -84,7 +84,8 @@ def facts_to_group_by(directory: Path) -> dict[str, Any]:
     chosen = {
         key.split("/")[-1]: value for key, value in choices.items() if "/" in key and "@" not in key and "hydra" not in key
     }
-    return {**chosen, "model_name": choices.model, "data_name": choices.data, "run_directory": str(directory), **code_version()}
+    names = {f"{group}_name": choices[group] for group in ("model", "data") if group in choices}
+    return {**chosen, **names, "run_directory": str(directory), **code_version()}
 
 
 def code_version() -> dict[str, Any]:

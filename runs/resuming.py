@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from callbacks import all_finite
 from datamodules import ImageDataModule
 from runs.build import SettingError, flatten
-from runs.commands import as_value, config_flags
+from runs.commands import as_value, chosen, config_flags
 from runs.devices import is_child_rank
 from runs.directory import BEST, LAST, claim, read_checkpoint
 from runs.identity import INCIDENTAL
@@ -32,13 +32,12 @@ def choose_checkpoint(
     cfg: DictConfig, config: dict[str, Any], directory: Path
 ) -> tuple[Path | None, int, dict[str, Any] | None]:
     """Returns the checkpoint to continue from, if any, its step and its images; refuses a directory that holds another run."""
-    choices = HydraConfig.get().runtime.choices
     checkpoint, step, images = None, 0, None
     if cfg.ckpt == "auto":  # a job that is killed during its first validation leaves the best alone
         checkpoint = next((directory / name for name in (LAST, BEST) if (directory / name).is_file()), None)
     elif cfg.ckpt is not None:
         named = any(item.startswith("hydra.run.dir=") for item in HydraConfig.get().overrides.hydra)
-        others = None if named else f"{glob.escape(cfg.paths.output_dir)}/*/*-{choices.model}-{choices.data}"
+        others = None if named else f"{glob.escape(cfg.paths.output_dir)}/*/*-{chosen(cfg, 'model')}-{chosen(cfg, 'data')}"
         checkpoint = find_checkpoint(str(cfg.ckpt), directory, others)
     if checkpoint is not None:
         held = read_checkpoint(checkpoint, "ckpt")

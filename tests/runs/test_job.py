@@ -169,3 +169,15 @@ def test_a_test_of_some_batches_says_of_how_many_images_it_is(tmp_path, capsys):
         run_here(tmp_path / str(tested), *settings, *limits)
         assert result(tmp_path / str(tested) / "run")["protocol"]["num_tested"] == tested
         assert title in capsys.readouterr().out
+
+
+def test_a_run_is_repeated_by_its_config_and_left_as_it_is(tmp_path):
+    settings = ("model=vae", "model.latent_dim=3", "logger=csv", "seed=5", "ckpt=auto", "hydra.run.dir=first", *QUICK)
+    assert command(*settings, cwd=tmp_path).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*")}
+    again = command("--config-dir", "first", "--config-name=config", "paths.output_dir=out", cwd=tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+    (directory,) = (tmp_path / "out").glob("*/*-again")
+    assert result(directory)["metrics"] == result(tmp_path / "first")["metrics"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*")} == before
+    assert {path.name for path in directory.iterdir()} == {path.name for path in (tmp_path / "first").iterdir()}
