@@ -159,6 +159,10 @@ def wandb_logger(
 def _start(mode: str, **common: Any) -> WandbLogger:
     """Returns a logger whose run is started: its config is recorded before training does anything."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's reports of itself wait 20 s for a dead server at exit
+    if os.name == "posix" and not os.environ.get("HOME"):  # wandb's own process would print its log, having no place for it
+        with contextlib.suppress(RuntimeError):  # of a user that the system does not know
+            os.environ.pop("HOME", None)
+            os.environ["HOME"] = str(Path.home())
     import wandb
 
     wandb.setup(settings=wandb.Settings(silent=True))

@@ -8,7 +8,7 @@ import yaml
 
 from lightning_modules import VAELightningModule
 from loggers.wandb_run import BEST
-from tests.jobs import ROOT, run_here
+from tests.jobs import QUICK, ROOT, command, run_here
 from tests.wandb_file import read, values
 
 JOB = ("model=vae", "logger.mode=offline", "seed=3", "callbacks.pictures.every_n_epochs=1")
@@ -87,3 +87,9 @@ def test_a_run_that_fails_shows_as_failed(tmp_path, monkeypatch):
     import wandb
 
     assert wandb.run is None
+
+
+def test_without_a_home_wandb_prints_nothing_of_its_own(tmp_path):
+    ended = command("model=vae", "trainer.max_steps=2", "~callbacks.pictures", *QUICK[:2], cwd=tmp_path, HOME="")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("W&B: offline")
