@@ -85,6 +85,9 @@ def add_flow(setting: Setting, records: dict[str, Any]) -> None:
     rows = setting.rows(cfg.probability_flow, "flow")
     with setting.progress("probability flow", len(rows)) as done:
         values, _ = setting.gather(rows, lambda x: flow.log_likelihood(x).unsqueeze(1), 1, done)
+    if lost := (~values.isfinite()).flatten(1).any(1).sum().item():
+        records["probability_flow"] = {**flow.describe(), "images_not_solved": lost, "images": len(values)}
+        return
     summary = figure(values[..., 0], torch.arange(len(rows.order)))
     evaluations = setting.fabric.all_reduce(torch.tensor(float(flow.evaluations)), reduce_op="sum")
     records["probability_flow"] = record = {
@@ -100,6 +103,8 @@ def add_flow(setting: Setting, records: dict[str, Any]) -> None:
         with torch.inference_mode(), setting.fabric.autocast(), own_generators(own):
             again = finer.log_likelihood(x.to(setting.fabric.device)).cpu()
         done(len(some))
+    if not again.isfinite().all():
+        return
     record |= {
         "solver_error_nats": (again - values[: len(some), 0, 0]).abs().mean().item(),
         "solver_error_images": len(some),
@@ -137,9 +142,15 @@ def extra_lines(extra: dict[str, Any], model: LikelihoodModule) -> list[str]:
             f"importance-weighted bound, K = {iwae['samples']}: {shown(iwae)}; {gap['mean']:.3f} ± {gap['se']:.3f} nats "
             f"above the ELBO; {effective:.1f} effective samples{few}"
         )
-    if flow := extra.get("probability_flow"):
-        error = ""
-        if "solver_error_nats" in flow:  # Ctrl-C may have come before it
+    flow = extra.get("probability_flow")
+    if flow and "images_not_solved" in flow:
+        lines.append(
+            f"probability flow: no figure, its solver failed in batches with {flow['images_not_solved']} of {flow['images']} "
+            "images; try another checkpoint or flow_tolerance="
+        )
+    elif flow:
+        error = ", what its solver may err is not known"
+        if "solver_error_nats" in flow:  # Ctrl-C may have come before it, or the finer solver failed
             moved = flow["solver_error_nats"]
             moved = moved if model.levels is None else nats_to_bits_per_dim(moved, model.num_dims)
             error = f", of which its solver may move {moved:.2g}"

@@ -347,6 +347,26 @@ def test_ctrl_c_after_the_flow_keeps_it_though_its_error_is_not_known(runs, tmp_
     assert "probability flow: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("fails", [1e-5, 1e-6])
+def test_a_flow_that_cannot_be_solved_does_not_take_the_bound_with_it(fails, runs, tmp_path, monkeypatch, capsys):
+    run = runs.copy("ddpm", tmp_path)
+    usual = ProbabilityFlow._drift
+
+    def steep(self, x, log_snr, signs):
+        drift, divergence = usual(self, x, log_snr, signs)
+        return (1e9 * (1 + x.square()) if self.tolerance == pytest.approx(fails) else drift), divergence
+
+    monkeypatch.setattr(ProbabilityFlow, "_drift", steep)
+    figure, interrupted = evaluate_here(run, "replicates=2", "probability_flow=1", "max_images=2", *QUICK)
+    kept, printed = record(run)["results"]["ema"], capsys.readouterr().out
+    assert not interrupted
+    assert kept["bpd"] == figure
+    flow = kept["probability_flow"]
+    assert ("nats" in flow) == (fails < 1e-5)  # the finer solver only says what the other one may err
+    assert "solver_error_nats" not in flow
+    assert ("solver failed in batches with 2 of 2 images" in printed) == (fails == 1e-5)
+
+
 def test_two_ranks_give_the_figures_of_one(runs, tmp_path):
     run = runs.copy("vae", tmp_path)
     settings = ("replicates=3", "iwae_samples=5", "batch_size=100", "weights=both", "pictures=false")
