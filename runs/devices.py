@@ -20,6 +20,8 @@ from lightning_modules.sharding import networks
 from runs.build import SettingError
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+# backends that leave the backward pass to autograd: there torch.compile has blocks that run again draw other numbers
+WITHOUT_BACKWARD = ("eager", "eager_debug", "eager_noexcept", "pre_dispatch_eager")
 
 
 class StaticGraphDDP(DDPStrategy):
@@ -161,7 +163,8 @@ def compile_networks(model: LikelihoodModule, setting: bool | str) -> None:
         setting: ``True``, or a backend of torch.compile by name; ``False`` compiles nothing.
 
     Raises:
-        SettingError: for a backend that is not there.
+        SettingError: for a backend that is not there, or that would give checkpointed activations other dropout masks when they
+            are computed again, and so wrong gradients.
     """
     if not setting:
         return
@@ -169,6 +172,11 @@ def compile_networks(model: LikelihoodModule, setting: bool | str) -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise SettingError(f"compile={setting}: choose true, false or a backend of torch.compile: {', '.join(known)}")
+    if backend in WITHOUT_BACKWARD and any(getattr(part, "checkpoint_activations", False) for part in model.modules()):
+        raise SettingError(
+            f"compile={setting} does not keep dropout's random numbers for model.network.checkpoint_activations=true, whose "
+            "gradients would be wrong: choose compile=aot_eager or compile=true"
+        )
     for network in networks(model):
         network.compile(backend=backend)
 

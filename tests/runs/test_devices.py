@@ -84,6 +84,30 @@ def test_a_backend_that_is_not_there_is_refused(tmp_path):
         compile_networks(model, "fast")
 
 
+UNET = (
+    "model=ddpm", "model.num_steps=6", "model/network=unet_8x8", "model.network.base_channels=8", "model.network.dropout=0.5",
+    "model.network.channel_multipliers=[1]", "model.network.num_res_blocks=1", "model.network.attention_resolutions=[]",
+)  # fmt: skip
+
+
+def test_checkpointed_blocks_drop_the_same_again_when_compiled_or_the_backend_is_refused(tmp_path):
+    gradients, x = [], torch.randint(17, (8, 1, 8, 8), dtype=torch.uint8)
+    for backend in (False, "aot_eager"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = build_part(configure(tmp_path, *UNET, "model.network.checkpoint_activations=true").model)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.1)  # a branch of zeros has no gradient to get wrong
+        compile_networks(model, backend)
+        model.objective(x)[0].backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    torch.testing.assert_close(*gradients)
+    for backend in ("eager", "eager_noexcept", "eager_debug"):
+        with pytest.raises(SettingError, match=rf"compile={backend} .* gradients would be wrong: choose compile=aot_eager"):
+            compile_networks(model, backend)
+    compile_networks(build_part(configure(tmp_path, *UNET).model), "eager")
+
+
 def test_what_a_gpu_lacks_is_said_before_training(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
