@@ -297,7 +297,19 @@ class LikelihoodModule(LightningModule, ABC):
             self._training_terms.add(loss, elbo)
         if is_logged(self.trainer, self.trainer.global_step + 1):
             self._note_terms()
-        return loss
+        share = self._share_of_step(batch_idx)
+        return loss if share == 1 else loss / share
+
+    def _share_of_step(self, batch_idx: int) -> float:
+        """Which part of ``accumulate_grad_batches`` the batches of this optimiser step are: below 1 at an epoch's end.
+
+        Lightning divides every loss by the whole number, so the gradient of a step of fewer batches would be too small, as if
+        the others had none.
+        """
+        together, num = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        if together == 1 or math.isinf(num):  # of batches that nobody has counted it is not known
+            return 1.0
+        return min(together, num - batch_idx // together * together) / together
 
     def _note_terms(self) -> None:
         """Keeps the means over all ranks, for callbacks and for the row that :meth:`on_train_batch_end` writes.

@@ -170,6 +170,23 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, tmp_path):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize(("together", "steps"), [(1, 5), (2, 3), (4, 2), (9, 1)])
+def test_a_step_of_the_batches_left_at_an_epochs_end_has_their_mean_gradient(together, steps, tmp_path, monkeypatch):
+    model, gradients = build_part(configure(tmp_path, *MODELS["vae"]).model), []
+    objective = model.objective
+    monkeypatch.setattr(model, "objective", lambda x: (sum(p.sum() for p in model.parameters()), objective(x)[1]))
+    monkeypatch.setattr(
+        model, "on_before_optimizer_step", lambda _: gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    )
+    trainer = make_trainer(
+        accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path, accumulate_grad_batches=together,
+    )  # fmt: skip
+    trainer.fit(model, batch(model, 20).unflatten(0, (5, 4)))
+    assert len(gradients) == trainer.global_step == 2 * steps
+    torch.testing.assert_close(torch.stack(gradients), torch.ones(2 * steps, len(gradients[0])))
+
+
 PACKAGES = [name for name, floor in FLOORS.items() if floor < 5]
 
 
