@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,22 +114,38 @@ class Pictures(Callback):
 
     def _table(self, trainer: Trainer, kls: Tensor) -> None:
         """Writes the numbers behind the profile, for runs to be laid over each other: t and nats, as a file and in W&B."""
-        target = self.directory / "plots" / "kl_per_level.csv"
-        target.parent.mkdir(parents=True, exist_ok=True)
         rows = list(enumerate(kls.tolist(), start=1))
-        target.write_text("\n".join(["t,nats", *(f"{t},{value:.9g}" for t, value in rows), ""]))
+        text = "\n".join(["t,nats", *(f"{t},{value:.9g}" for t, value in rows), ""])
+        write_whole(self.directory / "plots" / "kl_per_level.csv", lambda draft: draft.write_text(text))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("profile/kl_per_level", ["t", "nats"], [list(row) for row in rows], step=trainer.global_step)
 
     def _save(self, trainer: Trainer, figure: plt.Figure, path: str, key: str, caption: str) -> None:
         target = self.directory / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=140)
+        write_whole(target, lambda draft: figure.savefig(draft, dpi=140, format="png"))
         plt.close(figure)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"pictures/{key}", [str(target)], step=trainer.global_step, caption=[caption])
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file beside its place and then moves it there: a comparison would read, and show, half of one as all of it.
+
+    Raises:
+        OSError: naming the file, also where the system does not say which one a full disk has no room for.
+    """
+    draft = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(draft)
+    except BaseException as error:
+        draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(draft)):
+            error.filename = str(path)
+        raise
+    draft.replace(path)
 
 
 def what_means_are(levels: int) -> str:

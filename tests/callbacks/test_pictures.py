@@ -1,5 +1,7 @@
 """When pictures are drawn, and from which numbers."""
 
+import errno
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,6 +40,33 @@ def test_training_draws_on_as_if_no_picture_had_been_drawn():
     assert torch.equal(torch.rand(3), expected)
     with fixed_draws(torch.device("cpu")):
         assert torch.equal(torch.rand(3), first)
+
+
+@pytest.mark.parametrize("name", ["final.png", "kl_per_level.csv"])
+def test_one_that_is_cut_off_while_it_is_written_leaves_the_one_before(name, tmp_path, monkeypatch):
+    callback, trainer = Pictures(str(tmp_path)), SimpleNamespace(loggers=[])
+    figure = plt.figure()
+
+    def write():
+        if name.endswith("png"):
+            callback._save(trainer, figure, f"samples/{name}", "samples", "")
+        else:
+            callback._table(trainer, torch.rand(1000))
+
+    def cut_off(self, text, *_):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write()
+    (path,) = tmp_path.rglob(name)
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    monkeypatch.setattr(plt.Figure, "savefig", lambda self, target, **_: cut_off(Path(target), ""))
+    with pytest.raises(OSError, match="No space left") as error:
+        write()
+    assert error.value.filename == str(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("lowest", "what", "scale"), [(0.001, "KL", "log"), (0.0, "KL", "log"), (-0.5, "ln q/p", "linear")])
