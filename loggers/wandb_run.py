@@ -191,10 +191,12 @@ def _kept_id(id_file: str | None) -> str | None:
     if id_file is None:
         return None
     path = Path(id_file)
-    if not path.exists():
+    kept = path.read_text().strip() if path.exists() else ""
+    if not kept:  # a start that was killed here, or had no room on the disk, leaves an empty file
         given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # by a W&B agent
-        path.write_text(given or secrets.token_hex(4))
-    return path.read_text().strip()
+        kept = given or secrets.token_hex(4)
+        path.write_text(kept)
+    return kept
 
 
 def finish_wandb(failed: bool) -> None:

@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from loggers.wandb_run import choose_mode
+from loggers.wandb_run import _kept_id, choose_mode
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +40,11 @@ def test_unknown_modes_are_refused(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(ValueError, match="WANDB_MODE=sometimes"):
         choose_mode(None)
+
+
+def test_an_id_whose_writing_was_cut_off_is_chosen_once_and_not_at_every_start(tmp_path):
+    file = tmp_path / "wandb_id"
+    file.touch()
+    chosen = _kept_id(str(file))
+    assert chosen
+    assert _kept_id(str(file)) == chosen
