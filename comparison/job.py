@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -58,21 +60,21 @@ def run(cfg: DictConfig) -> None:
         left_out.append("the seeds differ: rows stand by the means over all their runs, differences are over common seeds")
     if any(len({str(run.seed) for run in own.runs}) < len(own.runs) for own in groups):
         left_out.append("some rows have several runs of one seed, so their sd is not one over seeds")
-    out = _new_directory(Path(str(cfg.out)))
-    console = Console()
-    console = console if console.is_terminal else Console(width=10**4)  # a file has no edge
-    console.print(terminal(groups, cfg.metric, console))
-    for line in left_out:
-        print(line)
-    title = f"{cfg.metric}: {', '.join(groups[0].values) or 'runs'}"
-    texts = {
-        "csv": as_csv(groups, cfg.metric),
-        "md": as_markdown(groups, cfg.metric, left_out),
-        "html": page(groups, cfg.metric, left_out, title),
-    }
-    for ending, text in texts.items():
-        with whole(out / f"comparison.{ending}") as draft:
-            draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+    with _new_directory(Path(str(cfg.out))) as out:
+        console = Console()
+        console = console if console.is_terminal else Console(width=10**4)  # a file has no edge
+        console.print(terminal(groups, cfg.metric, console))
+        for line in left_out:
+            print(line)
+        title = f"{cfg.metric}: {', '.join(groups[0].values) or 'runs'}"
+        texts = {
+            "csv": as_csv(groups, cfg.metric),
+            "md": as_markdown(groups, cfg.metric, left_out),
+            "html": page(groups, cfg.metric, left_out, title),
+        }
+        for ending, text in texts.items():
+            with whole(out / f"comparison.{ending}") as draft:
+                draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     print(f"wrote {out}/comparison.html, .csv and .md", flush=True)
 
 
@@ -91,14 +93,24 @@ def _line(one: Run) -> str:
     return f"{one.reason}: {one.path}"
 
 
-def _new_directory(wished: Path) -> Path:
-    """Makes the directory, under the next free number if it holds a comparison already, or part of one."""
+@contextmanager
+def _new_directory(wished: Path) -> Iterator[Path]:
+    """Makes the directory, under the next free number if it holds a comparison already, or part of one.
+
+    A block that does not reach its end leaves none there: else an empty page would lie under the name.
+    """
 
     def place(number: int) -> Path:
         name = f"{wished.name or 'comparison'}-{number}"
         return wished if number == 1 else wished.with_name(name) if wished.name else Path(name)
 
-    return place(first_free(lambda number: not _claimed(place(number))))
+    out = place(first_free(lambda number: not _claimed(place(number))))
+    try:
+        yield out
+    except BaseException:  # Ctrl-C too
+        for path in out.glob("comparison.*"):
+            path.unlink()
+        raise
 
 
 def _claimed(out: Path) -> bool:

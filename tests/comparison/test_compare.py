@@ -1,6 +1,7 @@
 """The whole of a comparison: real jobs, the three files, what is left out, and nothing on disk is overwritten."""
 
 import csv
+import errno
 import html
 import io
 import json
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,6 +281,24 @@ def test_nothing_on_disk_is_overwritten(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         compare(".", tmp_path / "sweep")
     assert (tmp_path / "comparison-2" / "comparison.html").exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_one_that_is_cut_short_leaves_no_empty_page_and_its_name_is_free(end, tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "0", 2.0)
+
+    def cut_short(self, text, **_):
+        if "comparison.md" in self.name:
+            raise end
+        return self.write_bytes(text.encode())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", cut_short)
+        with pytest.raises(type(end)):
+            compare(tmp_path / "out", tmp_path / "runs")
+    assert not list((tmp_path / "out").iterdir())
+    compare(tmp_path / "out", tmp_path / "runs")
+    assert (tmp_path / "out" / "comparison.html").stat().st_size
 
 
 def test_that_groups_have_other_seeds_is_said(tmp_path, capsys):
