@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, flag_override
+from yaml import YAMLError
 
 from runs.identity import is_hashed
 
@@ -56,7 +57,10 @@ def other_study(sweeper: DictConfig, overrides: Sequence[str], record: Path) -> 
     direction = getattr(sweeper.direction, "name", sweeper.direction)
     if directions != [direction]:
         return f"hydra.sweeper.direction={direction}: the study {sweeper.storage} was begun to {directions[0]}; {instead}"
-    earlier = OmegaConf.load(record).hydra.overrides.task if record.is_file() else overrides
+    try:
+        earlier = OmegaConf.load(record).hydra.overrides.task
+    except (OSError, AttributeError, ValueError, YAMLError):  # none, or half of one that was cut off, which is written again
+        earlier = overrides
     fixed, before = (sorted(_fixed(some)) for some in (overrides, earlier))
     if fixed != before:
         now, then = (" ".join(item for item in one if item not in other) for one, other in ((fixed, before), (before, fixed)))

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
-from runs.directory import HeldElsewhere, hold, is_held
+from runs.directory import HeldElsewhere, hold, is_held, whole
 from runs.entry import INTERRUPTED, refusal, sentence, start
 from runs.identity import digest, job_name
 from runs.lifelines import in_worker, is_lightnings
@@ -108,7 +108,8 @@ class SweepReport(Callback):
             elif wrong := other_study(config.hydra.sweeper, config.hydra.overrides.task, self.directory / SWEEP):
                 sys.exit(f"error: {wrong}")
             # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies
-            OmegaConf.save(OmegaConf.create({"hydra": {"overrides": config.hydra.overrides}}), self.directory / SWEEP)
+            with whole(self.directory / SWEEP) as draft:
+                OmegaConf.save(OmegaConf.create({"hydra": {"overrides": config.hydra.overrides}}), draft)
             print(f"{go_on(config.hydra.sweeper)}, in {self.directory}", flush=True)
         elif str(config.hydra.sweeper._target_).endswith("GridSweeper"):
             print(f"sweep in {self.directory}", flush=True)

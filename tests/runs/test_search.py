@@ -67,6 +67,40 @@ def test_another_search_in_the_same_directory_is_refused_before_it_touches_the_s
     assert found is None if words is None else re.match(words, found)
 
 
+@pytest.mark.parametrize("left", ["", "hydra:\n  overrides:\n    task:\n    - model=vae,mhvae\n    - 'see", "hydra:\n  over"])
+def test_a_search_whose_record_was_cut_off_as_it_was_written_goes_on(left, tmp_path):
+    optuna = pytest.importorskip("optuna")
+    storage, before = f"sqlite:///{tmp_path}/study.db", tmp_path / "multirun.yaml"
+    optuna.create_study(study_name="sweep", storage=storage).ask({})
+    sweeper = OmegaConf.create({"storage": storage, "study_name": "sweep", "params": None, "direction": "minimize"})
+    before.write_text(left)
+    assert other_study(sweeper, ["model=vae,mhvae", "seed=1"], before) is None
+
+
+def test_the_record_of_a_search_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    record = tmp_path / "multirun.yaml"
+    record.write_text("hydra:\n  overrides:\n    task: []\n")
+    before = record.read_text()
+
+    def cut_off(config, path):
+        path.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OmegaConf, "save", cut_off)
+    monkeypatch.setattr(SweepReport, "latest", None)
+    monkeypatch.setattr("runs.sweep.other_study", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    search = {"_target_": "...SearchSweeper", "storage": None}
+    config = {"hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": search, "launcher": {}, "overrides": {"task": []}}}
+    report = SweepReport()
+    report.directory = tmp_path
+    with pytest.raises(KeyboardInterrupt):
+        report._begin(OmegaConf.create({**config, "sweep": {"fresh": False}}))
+    report._held.close()
+    assert record.read_text() == before
+
+
 @pytest.mark.parametrize("searches", [False, True])
 def test_a_search_begun_anew_keeps_aside_what_was_there_once_and_not_what_it_has_done_itself(searches, tmp_path):
     report = SweepReport()
