@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 
-from runs.directory import LAST, RESULT, HeldElsewhere, first_free, hold, is_held, write_json
+from runs.directory import BEST, LAST, RESULT, HeldElsewhere, first_free, hold, is_held, write_json
 from runs.faults import is_fault
 from runs.identity import job_name
 from runs.relaunch import one_job
@@ -54,7 +54,7 @@ def read_state(directory: Path) -> tuple[str, str]:
     written = _read(directory / STATE)
     if written.get("status") in ("failed", "ended"):
         return written["status"], str(written.get("reason", ""))
-    if (directory / LAST).is_file():
+    if any((directory / name).is_file() for name in (LAST, BEST)):
         return "interrupted", ""
     return ("started" if directory.is_dir() else "new"), ""
 
@@ -120,14 +120,15 @@ def _run_held(cfg: DictConfig, run: Callable[[DictConfig], float], sweep: Path, 
     write_state(directory, "running", overrides)
     with flag_override(hydra, ["readonly", "struct"], False):
         hydra.runtime.output_dir = str(directory)
-    # its own checkpoint comes before one that it began from; auto: one that ended before its first begins anew where it is
-    own = "last" if (directory / LAST).is_file() else None if cfg.ckpt else "auto"
+    # its own checkpoint comes before one that it began from, also the best, where it was killed before its first last.ckpt;
+    # auto: one that ended before any begins anew where it is
+    own = "last" if (directory / LAST).is_file() else "auto" if not cfg.ckpt or (directory / BEST).is_file() else None
     with open_dict(cfg):
         cfg.ckpt = own or cfg.ckpt
         _name_in_wandb(cfg, sweep, directory, overrides)
     share_threads()
     try:
-        with one_job(ENTRY, directory, ("ckpt=last",) if own == "last" else ()):
+        with one_job(ENTRY, directory, (f"ckpt={own}",) if own else ()):
             objective = run(cfg)
     except (KeyboardInterrupt, SystemExit) as stop:
         if type(stop) is SystemExit:  # a callback's; SIGTERM makes another in Lightning, which ends with code 0

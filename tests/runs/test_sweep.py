@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -262,10 +263,23 @@ def test_a_job_that_goes_on_from_elsewhere_goes_on_from_its_own_checkpoint_once_
     seen = []
     assert run_in_sweep(cfg, lambda cfg: seen.append(cfg.ckpt)) is None
     (job / "checkpoints").mkdir()
-    (job / "checkpoints" / "last.ckpt").touch()
-    cfg = configure(tmp_path, "model=vae", "ckpt=elsewhere.ckpt")
-    run_in_sweep(cfg, lambda cfg: seen.append(cfg.ckpt))
-    assert seen == ["elsewhere.ckpt", "last"]
+    for name in ("best", "last"):  # killed between the two, it has the first alone
+        (job / "checkpoints" / f"{name}.ckpt").touch()
+        cfg = configure(tmp_path, "model=vae", "ckpt=elsewhere.ckpt")
+        run_in_sweep(cfg, lambda cfg: seen.append(cfg.ckpt))
+    assert seen == ["elsewhere.ckpt", "auto", "last"]
+
+
+@pytest.mark.parametrize(("names", "own"), [((), "auto"), (("best",), "auto"), (("best", "last"), "last")])
+def test_all_ranks_of_a_job_go_on_from_the_checkpoint_that_the_first_does(names, own, tmp_path):
+    cfg = configure(tmp_path, "model=vae")
+    checkpoints = tmp_path / "run" / job_name(cfg, ()) / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name in names:
+        (checkpoints / f"{name}.ckpt").touch()
+    seen = []
+    run_in_sweep(cfg, lambda cfg: seen.append((cfg.ckpt, sys.argv[-1])))
+    assert seen == [(own, f"ckpt={own}")]
 
 
 def test_a_fault_of_code_is_recorded_with_its_class_and_a_refusal_as_its_sentence(tmp_path):
