@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
@@ -29,19 +30,19 @@ class UnreadablePictureError(DamagedDataError):
     """A picture cannot be decoded."""
 
 
-def eight_bits(picture: Image.Image, path: Path, kind: str | None) -> Image.Image:
+def eight_bits(picture: Image.Image, path: Path, file: Image.Image) -> Image.Image:
     """Returns a picture of 16-bit grey levels as one of 8 bits, and others as they are; Pillow would cut off what is above 255.
 
     Args:
         picture: what was decoded.
         path: of the file.
-        kind: of the file, as Pillow calls it.
+        file: as Pillow opened it.
 
     Raises:
         UnreadablePictureError: for numbers whose range the file does not tell.
     """
     # 16 bits, too: older versions open PNG files so, and all of them netpbm's, whose stated white becomes 65535
-    sixteen = picture.mode == "I" and kind in ("PNG", "PPM")
+    sixteen = picture.mode == "I" and file.format in ("PNG", "PPM")
     if picture.mode == "F" or (picture.mode == "I" and not sixteen):
         raise UnreadablePictureError(
             f"image_folder: {path} holds 32-bit numbers (mode {picture.mode}), whose black and white are unknown: convert it "
@@ -49,7 +50,11 @@ def eight_bits(picture: Image.Image, path: Path, kind: str | None) -> Image.Imag
         )
     if picture.mode != "I" and not picture.mode.startswith("I;16"):
         return picture
-    return Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
+    # TIFF says how many bits there are and which end is white, of which Pillow leaves 12 as they are and 0 for white black
+    tags = getattr(file, "tag_v2", {})
+    grey = np.asarray(picture) / (2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1)
+    grey = 1 - grey if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else grey
+    return Image.fromarray(np.rint(255 * grey).astype(np.uint8))
 
 
 class Pictures:
@@ -75,7 +80,7 @@ class Pictures:
         """
         try:
             with Image.open(path) as file:
-                picture = eight_bits(ImageOps.exif_transpose(file), path, file.format)
+                picture = eight_bits(ImageOps.exif_transpose(file), path, file)
             picture = picture.convert("L" if self.channels == 1 else "RGB")
             picture = resize(picture, self.image_size, InterpolationMode.BICUBIC)
             return pil_to_tensor(center_crop(picture, self.image_size))

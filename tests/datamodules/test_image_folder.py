@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -161,6 +162,20 @@ def test_pictures_of_sixteen_bits_are_those_of_eight_and_numbers_without_a_range
         for name in ("float.tif", "wide.tif"):
             with pytest.raises(UnreadablePictureError, match=rf"{name} holds 32-bit numbers .*convert it to 8 or 16 bits"):
                 decode(tmp_path / name)
+
+
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(16, False), (16, True), (12, False)])
+def test_tiff_says_how_many_bits_there_are_and_which_end_is_white(tmp_path, bits, white_is_zero):
+    ramp = np.tile(np.array([0, 48, 96, 144, 192, 240, 255, 1]), (8, 1))
+    kept = np.rint((255 - ramp if white_is_zero else ramp) / 255 * (2**bits - 1)).astype(np.uint16)
+    # of twelve bits, two numbers share three bytes
+    digits = "".join(f"{number:03x}" for number in kept.flatten())
+    data = kept.astype("<u2").tobytes() if bits == 16 else bytes.fromhex(digits)
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: 8, 279: len(data)}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + fields + bytes(4)
+    (tmp_path / "scan.tif").write_bytes(file)
+    assert Pictures([], 8, 1).decode(tmp_path / "scan.tif")[0].tolist() == ramp.tolist()
 
 
 def test_pictures_too_large_to_be_decoded_are_not_called_damaged(tmp_path, monkeypatch):
