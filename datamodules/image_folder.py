@@ -128,7 +128,7 @@ class ImageFolderDataModule(ImageDataModule):
     """Pictures below a folder, however deep, in any format of :data:`FORMATS`.
 
     The folders ``train``, ``val`` and ``test`` below it are the splits. Validation or test pictures that have no folder are
-    cut, by ``split_seed``, from ``train``, or from all other pictures if there is no ``train``.
+    cut, by ``split_seed``, from ``train``, or from all other pictures if there is no ``train``. Links are followed.
 
     Args:
         root: the folder.
@@ -186,8 +186,9 @@ class ImageFolderDataModule(ImageDataModule):
                 f"image_folder: {self.root.absolute()} is no folder; set data.root to where the pictures are"
             )
         given = {split: _pictures(self.root / split) for split in ("train", "val", "test") if (self.root / split).is_dir()}
-        held_out = {path for split in ("val", "test") for path in given.get(split, ())}
-        pool = given.get("train") or [path for path in _pictures(self.root) if path not in held_out]
+        # by file and not by name: val and test may be links to some of the other pictures
+        held_out = {_file(path) for split in ("val", "test") for path in given.get(split, ())}
+        pool = given.get("train") or [path for path in _pictures(self.root) if not held_out or _file(path) not in held_out]
         order = [pool[i] for i in shuffled(len(pool), self.split_seed).tolist()]
         for split in ("val", "test"):
             if split not in given:
@@ -226,14 +227,20 @@ def _digest(root: Path, splits: dict[str, list[Path]]) -> str:
     """
     digest = hashlib.sha256()
     for split, paths in splits.items():
-        files = sorted((path.relative_to(root).as_posix(), _size(path)) for path in paths)
+        files = sorted((path.relative_to(root).as_posix(), _stat(path).st_size) for path in paths)
         digest.update(repr((split, files)).encode())
     return digest.hexdigest()
 
 
-def _size(path: Path) -> int:
+def _file(path: Path) -> tuple[int, int]:
+    """Returns what all names of one file share."""
+    stat = _stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError:  # a link whose file is gone
         raise _unreadable(path) from None
 

@@ -215,6 +215,18 @@ def test_linked_folders_are_read_once_and_round_in_no_circle(tmp_path):
     assert as_set(read) == as_set(torch.cat([here, there]))
 
 
+def test_links_to_some_of_the_other_pictures_hold_these_out(tmp_path):
+    images, apart = write(tmp_path / "images", 20), write(tmp_path / "images" / "apart", 5)
+    (tmp_path / "test").symlink_to(tmp_path / "images" / "apart")
+    (tmp_path / "val").mkdir()
+    for i in range(8):
+        (tmp_path / "val" / f"{i}.png").symlink_to(f"../images/{i:03}.png")
+    splits = build(tmp_path).splits
+    assert {split: as_set(of) for split, of in splits.items()} == {
+        "train": as_set(images[8:]), "val": as_set(images[:8]), "test": as_set(apart)
+    }  # fmt: skip
+
+
 def test_a_link_whose_file_is_gone_is_named(tmp_path):
     write(tmp_path, 9)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
