@@ -58,7 +58,22 @@ class ImageBatches(Dataset[Tensor]):
         return batch if self.binarization is None else self.binarization.each_time(batch, record)
 
 
-class ResumableLoader(DataLoader[Tensor]):
+class ImageLoader(DataLoader[Tensor]):
+    """A loader that says in one sentence that a worker has been lost."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise LostWorkerError(
+                "a process that reads images was killed, as the system does where memory runs out: set data.num_workers lower, "
+                "0 for none"
+            ) from None
+
+
+class ResumableLoader(ImageLoader):
     """A loader that goes on in the middle of an epoch, reading nothing of what came before.
 
     Lightning counts the batches of an epoch itself and saves the count, so the loader asks it for its place and keeps none
@@ -94,6 +109,10 @@ class DamagedDataError(ValueError):
     def __init__(self, message: str) -> None:
         # DataLoader raises a worker's error again with the traceback in its message, of which the last line is ours
         super().__init__(message.strip().splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
+
+
+class LostWorkerError(DamagedDataError):
+    """A loader's worker has ended, and not because it was told to."""
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -224,7 +243,7 @@ class ImageDataModule(LightningDataModule, ABC):
         sampler.repeats = bool(getattr(self.trainer, "overfit_batches", 0))
         if split == "train":
             return ResumableLoader(batches, sampler=sampler, place=self._place, **settings)
-        return DataLoader(batches, sampler=sampler, **settings)
+        return ImageLoader(batches, sampler=sampler, **settings)
 
     def _sampler(self, split: str) -> GlobalBatchSampler:
         train = split == "train"

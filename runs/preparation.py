@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules import GlobalBatchSampler, ImageDataModule
 from datamodules.arrays import find_arrays
-from datamodules.base import ImageBatches
+from datamodules.base import ImageBatches, ImageLoader
 from datamodules.shards import Manifest, write_split
 from runs.build import SettingError, build_part
 from runs.commands import CONF, as_value
@@ -121,7 +120,7 @@ def from_data_module(cfg: DictConfig) -> Source:
         size = max(1, min(512, CHUNK // datamodule.num_dims))
         sampler = GlobalBatchSampler(datamodule.sizes[split], size, shuffle=False, drop_last=False, seed=0)
         batches = ImageBatches(datamodule.splits[split])
-        for batch in DataLoader(batches, sampler=sampler, batch_size=None, num_workers=datamodule.num_workers):
+        for batch in ImageLoader(batches, sampler=sampler, batch_size=None, num_workers=datamodule.num_workers):
             yield batch.numpy()
 
     splits = {split: Split(size, chunks(split)) for split, size in datamodule.sizes.items()}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from datamodules import ImageFolderDataModule, MissingDataError, UnreadablePictureError
+from datamodules.base import LostWorkerError
 from datamodules.image_folder import Pictures
 from tests.jobs import ROOT
 
@@ -107,6 +108,18 @@ def test_streaming_gives_the_batches_of_memory(tmp_path, num_workers):
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         pairs = zip(getattr(memory, loader)(), getattr(stream, loader)(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_killed_worker_is_told_in_a_sentence(tmp_path):
+    write(tmp_path, 40)
+    data = build(tmp_path, max_memory_gb=0, num_workers=1)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        list(loader)  # its workers wait for the next pass
+        for worker in loader._iterator._workers:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+        with pytest.raises(LostWorkerError, match=r"^a process that reads images was killed, .*: set data.num_workers lower"):
+            list(loader)
 
 
 KILLED = """
