@@ -107,12 +107,18 @@ class ProbabilityFlow:
             x = torch.from_numpy(state[:size]).view_as(x_1).to(x_1.device)
             self.evaluations += 1
             drift, divergence = self._drift(x, float(log_snr), signs)
-            return torch.cat([drift.flatten(), divergence]).cpu().numpy()
+            values = torch.cat([drift.flatten(), divergence]).cpu().numpy()
+            if not np.isfinite(values).all():  # with which the solver would choose its first step for ever
+                raise FloatingPointError
+            return values
 
         start = np.concatenate([x_1.flatten().cpu().numpy(), np.zeros(len(x_1))])
         ends = (self.log_snr[0], self.log_snr[-1])
-        solution = solve_ivp(slope, ends, start, method="RK45", rtol=self.tolerance, atol=self.tolerance)
-        if not solution.success:  # a path of a badly trained model leaves all bounds; ranks wait for each other, so no error
+        try:
+            solution = solve_ivp(slope, ends, start, method="RK45", rtol=self.tolerance, atol=self.tolerance)
+        except FloatingPointError:
+            solution = None
+        if not (solution and solution.success):  # a path leaves all bounds, of a badly trained model; no error: ranks wait
             return torch.full_like(x_1, torch.nan), x_1.new_full((len(x_1),), torch.nan)
         end = torch.from_numpy(solution.y[:, -1]).to(x_1.device)
         return end[:size].view_as(x_1), end[size:]

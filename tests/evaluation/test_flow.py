@@ -109,6 +109,16 @@ def test_a_density_on_the_line_integrates_to_one():
     assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])  # of the path
+def test_a_network_that_gives_nan_on_the_way_has_no_figure_and_an_end(where):
+    first, last = (torch.tensor(bar).logit() for bar in (0.9999, 0.01))
+    holed = real_model(
+        diffusion.log_snr_linear(100, first.item(), last.item()), None, shape=(1, 1, 1),
+        slope=lambda bar, x: torch.where(bar <= (first + where * (last - first)).sigmoid() + 1e-4, math.nan, 0.5 * x),
+    )  # fmt: skip
+    assert ProbabilityFlow(holed).log_likelihood(torch.zeros(2, 1, 1, 1, dtype=torch.float64)).isnan().all()
+
+
 @pytest.mark.parametrize("u", [0.5, 0.1])
 def test_levels_add_the_width_of_their_bins(u, monkeypatch):
     betas, s2 = diffusion.log_snr_linear(100), 0.3
