@@ -171,7 +171,10 @@ def build_loggers(cfg: DictConfig, config: dict[str, Any], directory: Path, step
                 build = partial(build, config={**config, **facts_to_group_by(directory)}, id_file=str(directory / "wandb_id"))
             loggers.append(build())
         except (ValueError, ImportError) as error:
-            raise SettingError(f"logger: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split())
+            if "`tensorboard`" in reason:  # Lightning first advises another package, which nobody needs
+                reason = "tensorboard is not installed: pip install -e '.[tensorboard]'"
+            raise SettingError(f"logger: {reason}") from error
     return loggers
 
 

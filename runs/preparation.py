@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import secrets
@@ -158,6 +159,8 @@ def write_set(source: Source, out: Path, name: str, shard_bytes: int) -> Manifes
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, OSError) and os.path.lexists(out):
             raise ValueError(f"out={out} has been made by another command meanwhile, and is not overwritten") from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # which names no file
+            raise ValueError(f"out={out} cannot be written whole, and nothing of it is kept: {error.strerror}") from None
         raise
     return manifest
 

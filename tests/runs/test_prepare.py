@@ -1,5 +1,6 @@
 """prepare.py writes whole sets or nothing, from files of every kind."""
 
+import errno
 import io
 import math
 import os
@@ -153,6 +154,14 @@ def test_a_damaged_file_and_a_full_disk_leave_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 1000}))
     path.write_bytes(whole)
     with pytest.raises(SettingError, match=r"out=.* needs 0.3 MB"):
+        prepare(f"source={tmp_path}/published", f"out={tmp_path}/out")
+    monkeypatch.undo()
+
+    def full(*_):  # which fills up while it is written to
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numpy.lib.format.write_array_header_1_0", full)
+    with pytest.raises(SettingError, match=r"out=.*/out cannot be written whole, and nothing of it is kept: No space left"):
         prepare(f"source={tmp_path}/published", f"out={tmp_path}/out")
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
 

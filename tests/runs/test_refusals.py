@@ -146,6 +146,13 @@ def test_settings_that_cannot_work_are_refused_in_one_sentence_before_training(o
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_a_logger_that_wants_a_package_names_the_extra_that_has_it(tmp_path, monkeypatch):
+    for package in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{package}", False)
+    with pytest.raises(SettingError, match=r"^logger: tensorboard is not installed: pip install -e '\.\[tensorboard\]'$"):
+        run_here(tmp_path, "model=vae", "logger=tensorboard", "trainer.max_epochs=1")
+
+
 def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_refused(tmp_path):
     run_here(tmp_path / "a", "model=vae", "logger=csv", "trainer.max_epochs=1")
     checkpoint = tmp_path / "a" / "run" / "checkpoints" / "last.ckpt"
