@@ -19,6 +19,7 @@ from diffusion.parameterizations import Epsilon, Parameterization
 from diffusion.schedules import check_betas
 from diffusion.variances import posterior_variance, small
 from losses import DiagGaussian, kl
+from losses.gaussian import full_precision
 
 
 def per_example(values: Tensor, like: Tensor) -> Tensor:
@@ -37,8 +38,8 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
 class GaussianDiffusion(nn.Module):
     """A fixed linear-Gaussian q and the reverse chain's form.
 
-    Coefficients are float64 buffers of T + 1 entries, t = 0..T, cast when they meet a tensor; ``.half()`` and the like
-    move but never narrow them. They follow from betas, so checkpoints do not hold them.
+    Coefficients are float64 buffers of T + 1 entries, t = 0..T, cast when they meet a tensor, which is widened to float32 if
+    it is narrower; ``.half()`` and the like move but never narrow them. They follow from betas: checkpoints hold none.
 
     Attributes:
         betas: β_t, with betas[0] = 0 for the data.
@@ -99,14 +100,17 @@ class GaussianDiffusion(nn.Module):
 
     def marginal(self, x0: Tensor, t: Tensor | int) -> DiagGaussian:
         """Returns q(x_t | x_0): x0 (B, *), t (B,) in 0..T, or one for all."""
+        x0 = full_precision(x0)  # before coefficients meet it: ln σ in bfloat16 moves a step's KL by a hundredth
         return DiagGaussian(self.at(self.sqrt_alpha_bar, t, x0) * x0, self.at(self.log_noise_std, t, x0))
 
     def step(self, x_prev: Tensor, t: Tensor) -> DiagGaussian:
         """Returns q(x_t | x_{t-1}): x_prev (B, *), t (B,)."""
+        x_prev = full_precision(x_prev)
         return DiagGaussian(self.at(self.sqrt_alpha, t, x_prev) * x_prev, self.at(self.log_step_std, t, x_prev))
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> DiagGaussian:
         """Returns q(x_{t-1} | x_t, x_0); at t = 1 that is a point, x_0 itself, with log_std = -inf."""
+        x0, x_t = full_precision(x0), full_precision(x_t)
         return DiagGaussian(self._posterior_mean(x0, x_t, t), self.at(self.log_posterior_std, t, x_t))
 
     def _posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -131,6 +135,7 @@ class GaussianDiffusion(nn.Module):
             parameterization: what the prediction is, by default :class:`diffusion.Epsilon`.
             clip: clamps x̂_0 to [-1, 1], as the sampler does.
         """
+        x_t = full_precision(x_t)
         x0_hat = (parameterization or Epsilon()).x0(prediction, x_t, t, self)
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)

@@ -217,3 +217,19 @@ def test_a_narrow_output_is_widened_before_it_meets_a_coefficient(parameterizati
     assert parameterization.epsilon(output, x_t, t, process).dtype == torch.float32
     narrow, wide = (process.reverse(given, x_t, t, parameterization).mean for given in (output, output.float()))
     torch.testing.assert_close(narrow, wide, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameterization", [X0(), Epsilon()])
+def test_narrow_images_are_widened_before_they_meet_a_coefficient(parameterization, dtype):
+    process = GaussianDiffusion(diffusion.log_snr_linear(100))
+    t = torch.tensor([2, 20, 100])
+    x0, x_t, output = (torch.randn(3, 2, 4, 4).to(dtype) for _ in range(3))
+
+    def numbers(x0, x_t):
+        pairs = (process.marginal(x0, t), process.step(x0, t), process.posterior(x0, x_t, t), process.marginal(x0, 100))
+        kls = process.step_kl(x0, x_t, t, output, parameterization), process.prior_kl(x0)
+        return [*kls, *(value for pair in pairs for value in (pair.mean, pair.log_std))]
+
+    for narrow, wide in zip(numbers(x0, x_t), numbers(x0.float(), x_t.float()), strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=0, atol=0)
