@@ -140,3 +140,11 @@ def test_nothing_finite_and_nothing_to_pay_leave_the_proposal_uniform():
     profile.refresh(OneRank())
     for proposal in (profile.proposal, proposal_from(torch.zeros(10))):
         torch.testing.assert_close(proposal[2:], torch.full((10,), 0.1))
+
+
+def test_a_cell_on_an_edge_belongs_to_the_step_above():
+    """Step t has the cells from Σ_{s<t} p_s, inclusive, up to Σ_{s≤t} p_s, so steps with no share are never drawn."""
+    proposal = torch.tensor([0, 0, 0, 0.25, 0.25, 0, 0.5])
+    t, p = draw_steps(proposal, torch.tensor([[0, 0.25, 0.5, 0.75]], dtype=torch.float64))
+    assert t.tolist() == [[3, 4, 6, 6]]
+    assert p.tolist() == [[0.25, 0.25, 0.5, 0.5]]

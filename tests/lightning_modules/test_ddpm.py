@@ -352,3 +352,16 @@ def test_the_terms_of_a_chain_cancel_in_float64():
 def test_other_image_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="three positive sizes"):
         DDPMLightningModule(nn.Identity(), diffusion.cosine, 3, X0(), image_shape=shape, levels=17)
+
+
+def test_squared_errors_are_those_of_the_chain_that_samples():
+    """x̂_0 of pixels is clamped in them, as it is in the bound beside which they are drawn; a density's is not."""
+    x, t = torch.randint(0, 17, (3, 2, 4, 4), dtype=torch.uint8), torch.tensor([[2, 9], [5, 20], [20, 3]])
+    for levels, low, high in ((17, -1, 1), (None, -torch.inf, torch.inf)):
+        model = DDPMLightningModule(Tiny(2, 1), diffusion.cosine, 20, Epsilon(), image_shape=(2, 4, 4), levels=levels)
+        with torch.no_grad():
+            draws = model.step_draws(2 * x.float() / 16 - 1, t)
+            x0_hat = Epsilon().x0(draws.output, draws.x_t, draws.t, model.process)
+            assert x0_hat.abs().max() > 1
+            expected = (draws.x0 - x0_hat.clamp(low, high)).square().mean((1, 2, 3)).view(3, 2)
+            torch.testing.assert_close(model.squared_errors(draws), expected)

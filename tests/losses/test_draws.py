@@ -78,3 +78,8 @@ def test_dropout_keeps_the_mean_in_every_precision(p, dtype):
     scale = dropped[kept].double().sum() / x[kept].double().sum()
     assert (kept.double().mean() - (1 - p)).abs() < 4.5 * 0.5 / x.numel() ** 0.5
     assert scale.item() == pytest.approx(1 / (1 - p), rel=6e-4)  # a scale of 8 bits is off by up to 16e-4
+
+
+def test_dropout_of_less_than_its_mask_can_tell_drops_nothing():
+    x = torch.ones(1000, 1000)
+    assert torch.equal(dropout(x, 1e-9), x)

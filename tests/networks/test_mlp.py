@@ -5,7 +5,7 @@ import torch
 
 from losses import DiagGaussian, kl
 from networks.conv import LOG_STD_RANGE
-from networks.mlp import GaussianHead, MLPDecoder, MLPDenoiser, MLPEncoder, PixelHead
+from networks.mlp import GaussianHead, MLPDecoder, MLPDenoiser, MLPEncoder, PixelHead, ResidualBlock
 from networks.transitions import GaussianTransition
 
 SHAPES = [(1, 8, 8), (3, 5, 7), (1, 28, 28)]
@@ -31,6 +31,18 @@ def test_denoiser_shape_and_dependence_on_the_step(shape, outputs):
     assert out.shape == (4, outputs * shape[0], *shape[1:])
     assert out.isfinite().all()
     assert not torch.allclose(out[1], net(x_t, torch.tensor([1, 3, 500, 1000]))[1])
+
+
+def test_a_condition_scales_around_one_and_shifts_the_norm():
+    block, plain = ResidualBlock(6, 0.0, condition_dim=3), ResidualBlock(6, 0.0)
+    plain.load_state_dict(block.state_dict(), strict=False)
+    h, condition = torch.randn(4, 6), torch.randn(4, 3)
+    scale, shift = block.film(condition).chunk(2, 1)
+    torch.testing.assert_close(block(h, condition), h + block.mlp(block.norm(h) * (1 + scale) + shift))
+    with torch.no_grad():
+        block.film.weight.zero_()
+        block.film.bias.zero_()
+    torch.testing.assert_close(block(h, condition), plain(h))
 
 
 def test_denoiser_of_one_image_has_the_best_answer_for_normal_data_in_its_reach():
