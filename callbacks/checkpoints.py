@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from callbacks.ema import EMA
+from callbacks.files import whole
 from callbacks.last_validation import ends_here, is_cut_off
 from lightning_modules.base import is_logged
 from lightning_modules.sharding import load_whole, sharded_parts
@@ -66,18 +67,13 @@ class WholeFiles(TorchCheckpointIO):
 
     @staticmethod
     def _write(write: Callable[[Path], object], path: str | Path) -> None:
-        draft = Path(f"{path}.part")
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(draft)
-        except BaseException as error:
-            draft.unlink(missing_ok=True)
-            if isinstance(error, OSError):  # names the draft, or what is copied
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
-                raise OSError(errno.EIO, "cannot be written whole, perhaps because the disk is full", str(path)) from error
-            raise
-        draft.replace(path)
+        with whole(Path(path)) as draft:
+            try:
+                write(draft)
+            except RuntimeError as error:
+                if any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
+                    raise OSError(errno.EIO, "cannot be written whole, perhaps because the disk is full") from error
+                raise
 
 
 class RunCheckpoint(ModelCheckpoint):

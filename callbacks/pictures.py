@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.checkpoints import tested_step
+from callbacks.files import whole
 from datamodules import ImageDataModule
 from lightning_modules import LatentModule
 from losses.elbo import nats_to_bits_per_dim
@@ -116,36 +117,20 @@ class Pictures(Callback):
         """Writes the numbers behind the profile, for runs to be laid over each other: t and nats, as a file and in W&B."""
         rows = list(enumerate(kls.tolist(), start=1))
         text = "\n".join(["t,nats", *(f"{t},{value:.9g}" for t, value in rows), ""])
-        write_whole(self.directory / "plots" / "kl_per_level.csv", lambda draft: draft.write_text(text))
+        with whole(self.directory / "plots" / "kl_per_level.csv") as draft:
+            draft.write_text(text)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_table("profile/kl_per_level", ["t", "nats"], [list(row) for row in rows], step=trainer.global_step)
 
     def _save(self, trainer: Trainer, figure: plt.Figure, path: str, key: str, caption: str) -> None:
         target = self.directory / path
-        write_whole(target, lambda draft: figure.savefig(draft, dpi=140, format="png"))
+        with whole(target) as draft:
+            figure.savefig(draft, dpi=140, format="png")
         plt.close(figure)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"pictures/{key}", [str(target)], step=trainer.global_step, caption=[caption])
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its place and then moves it there: a comparison would read, and show, half of one as all of it.
-
-    Raises:
-        OSError: naming the file, also where the system does not say which one a full disk has no room for.
-    """
-    draft = path.with_name(f"{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(draft)
-    except BaseException as error:
-        draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(draft)):
-            error.filename = str(path)
-        raise
-    draft.replace(path)
 
 
 def what_means_are(levels: int) -> str:

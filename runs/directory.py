@@ -215,7 +215,7 @@ def whole(path: Path) -> Iterator[Path]:
         yield draft
     except BaseException as error:
         draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(draft)):
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(draft)):
             error.filename = str(path)
         raise
     draft.replace(path)
