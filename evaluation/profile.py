@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from lightning.fabric import Fabric
@@ -87,42 +88,60 @@ def measure_steps(
     counts = None if counts is None else counts.to(model.process.betas)
     frequencies = None if counts is None else level_frequencies(counts)
     control = Control(model.process, frequencies, torch.ones(last + 1, DENOISERS))
-
-    def moments(x: Tensor) -> Tensor:
-        x0 = model.to_unit(x)
-        many = x.repeat_interleave(FIRST_DRAWS, 0)
-        costs, x_1 = model.first_draws(many, x0.repeat_interleave(FIRST_DRAWS, 0))
-        columns = [model.process.prior_kl(x0), costs.view(len(x), -1), control.first_cost(many, x_1).view(len(x), -1)]
-        for part in steps.to(x.device).split(max(1, batch_size // len(x))):
-            draws = model.step_draws(x0, part.expand(len(x), -1))
-            cheap = control.costs(draws.x0, draws.x_t, draws.t).view(*draws.kl.shape, -1)
-            columns.append(torch.cat([draws.kl[..., None], model.squared_errors(draws)[..., None], cheap], 2).flatten(1))
-        return torch.cat([column.reshape(len(x), -1) for column in columns], 1)
-
-    sizes = [1, FIRST_DRAWS, FIRST_DRAWS, (2 + DENOISERS) * len(steps)]  # of the columns
-    values, _ = gather(rows, moments, sum(sizes), fabric, max(1, batch_size // len(steps)))
-    prior, costs, cheap_costs, rest = values.flatten(0, 1).split(sizes, 1)
-    kls, errors, *cheap = rest.unflatten(1, (len(steps), -1)).unbind(2)
-    cheap = torch.stack(cheap, 2)  # (n, S, 2)
-    every = torch.arange(2, last + 1)
+    found = _measure(model, rows, steps, control, fabric, batch_size)
+    kls, errors, cheap = found.steps[..., 0], found.steps[..., 1], found.steps[..., 2:]
     exact = [0.0 if counts is None else control.second_moment(t, counts) for t in steps.tolist()]
-    found = [_factors(kls[:, i], cheap[:, i], exact[i]) for i in range(len(steps))]
-    factors, left = (torch.stack(parts) for parts in zip(*found, strict=True))
+    fits = [_factors(kls[:, i], cheap[:, i], exact[i]) for i in range(len(steps))]
+    factors, left = (torch.stack(parts) for parts in zip(*fits, strict=True))
+    every = torch.arange(2, last + 1)
     every_factor = torch.zeros(last + 1, DENOISERS, dtype=torch.float64)
     every_factor[2:] = torch.stack([_between(steps, factors[:, i], every, logarithms=False) for i in range(DENOISERS)], 1)
     if counts is not None:
-        every_factor[1, 1] = _slope(costs, cheap_costs, control.first_variance(counts).mean().item())
+        every_factor[1, 1] = _slope(found.first, found.first_cheap, control.first_variance(counts).mean().item())
     return StepMoments(
         means=_between(steps, kls.mean(0), every),
         root_mean_squares=_between(steps, kls.square().mean(0).sqrt(), every),
         residuals=_between(steps, left.sqrt(), every),
         control=Control(model.process, frequencies, every_factor),
         errors=_between(steps, errors.mean(0), every),
-        prior=prior.mean().item(),
+        prior=found.prior.mean().item(),
         num_images=len(rows.order),
         num_rows=len(rows),
         num_steps=len(steps),
     )
+
+
+class _Measured(NamedTuple):
+    """What was measured on n rows at S steps, nats but for the errors; c without its factor b."""
+
+    prior: Tensor  # KL(q(x_T|x_0) ‖ p(x_T)): (n,)
+    first: Tensor  # -ln p(x_0|x_1): (n, FIRST_DRAWS)
+    first_cheap: Tensor  # c_1 of the same x_1: (n, FIRST_DRAWS)
+    steps: Tensor  # KL_t, ‖x_0 - x̂_0‖²/D, and c_t of each denoiser: (n, S, 2 + DENOISERS)
+
+
+def _measure(
+    model: DDPMLightningModule, rows: Rows, steps: Tensor, control: Control, fabric: Fabric, batch_size: int
+) -> _Measured:
+    """Measures at the same steps, (S,), in each row, ``batch_size`` network rows at once."""
+    shapes = (), (FIRST_DRAWS,), (FIRST_DRAWS,), (len(steps), 2 + DENOISERS)  # of each field, in one row
+    widths = [math.prod(shape) for shape in shapes]
+
+    def in_one(x: Tensor) -> Tensor:
+        x0 = model.to_unit(x)
+        many = x.repeat_interleave(FIRST_DRAWS, 0)
+        first, x_1 = model.first_draws(many, x0.repeat_interleave(FIRST_DRAWS, 0))
+        at_steps = []
+        for part in steps.to(x.device).split(max(1, batch_size // len(x))):
+            draws = model.step_draws(x0, part.expand(len(x), -1))
+            cheap = control.costs(draws.x0, draws.x_t, draws.t).view(*draws.kl.shape, -1)
+            at_steps.append(torch.cat([draws.kl[..., None], model.squared_errors(draws)[..., None], cheap], 2))
+        found = _Measured(model.process.prior_kl(x0), first, control.first_cost(many, x_1), torch.cat(at_steps, 1))
+        return torch.cat([values.reshape(len(x), -1) for values in found], 1)
+
+    values, _ = gather(rows, in_one, sum(widths), fabric, max(1, batch_size // len(steps)))
+    columns = values.flatten(0, 1).split(widths, 1)
+    return _Measured(*(column.reshape(-1, *shape) for column, shape in zip(columns, shapes, strict=True)))
 
 
 def _factors(kls: Tensor, cheap: Tensor, exact: float) -> tuple[Tensor, Tensor]:
@@ -140,20 +159,21 @@ def _factors(kls: Tensor, cheap: Tensor, exact: float) -> tuple[Tensor, Tensor]:
         (2,), ().
     """
     num, power = len(kls), cheap.square()
-    effective = power.sum(0).square() / power.square().sum(0).clamp(min=1e-300)
-    usable = [i for i in range(cheap.shape[1]) if effective[i] >= LEAST_EFFECTIVE * num]
-    best, least = torch.zeros(cheap.shape[1], dtype=cheap.dtype), kls.square().mean()
+    best, least = torch.zeros(DENOISERS, dtype=cheap.dtype), kls.square().mean()
     if not kls.isfinite().all():
         return best, least
+    effective = power.sum(0).square() / power.square().sum(0).clamp(min=1e-300)
+    usable = effective >= LEAST_EFFECTIVE * num
     unseen = (num * exact - power[:, 1].sum()).clamp(min=0).sqrt()
     kls = torch.cat([kls, kls.new_zeros(1)])
     cheap = torch.cat([cheap, torch.stack([torch.zeros_like(unseen), unseen]).unsqueeze(0)])
     wanted = least * WORTHWHILE
-    for chosen in ([i] for i in usable) if len(usable) < 2 else ([0], [1], [0, 1]):
-        if not cheap[:, chosen].isfinite().all():
+    for chosen in ([0], [1], [0, 1]):
+        some = cheap[:, chosen]
+        if not (usable[chosen].all() and some.isfinite().all()):
             continue
-        solution = torch.linalg.lstsq(cheap[:, chosen], kls[:, None]).solution[:, 0]
-        left = (kls - cheap[:, chosen] @ solution).square().sum() / num
+        solution = torch.linalg.lstsq(some, kls[:, None]).solution[:, 0]
+        left = (kls - some @ solution).square().sum() / num
         if solution.isfinite().all() and (solution >= 0).all() and left < wanted:
             best, least = torch.zeros_like(best).index_copy(0, torch.tensor(chosen), solution), left
             wanted = left
