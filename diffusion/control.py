@@ -134,26 +134,34 @@ class Control:
         Either all levels share the nodes x_t, or each has its own, where only the levels near it can be meant: the first takes
         many nodes where the noise is small, the second many levels where it is large.
         """
-        levels, log_pi = self.lattice.levels, self.log_frequencies
-        unit = 2 / (levels - 1)  # from level to level, and in standard deviations of x_t:
+        intervals = len(self.log_frequencies) - 1
+        unit = 2 / intervals  # from level to level, and in standard deviations of x_t:
         gap = unit * float(self.process.sqrt_alpha_bar[t] / self.process.noise_std[t])
         step = max(LEAST_STEP, STEP / max(gap, 1))  # x̂ bends over 1/gap standard deviations where the levels stand apart
-        likely = float(log_pi.max() - log_pi.min())
+        likely = float(self.log_frequencies.max() - self.log_frequencies.min())
         near = REACH + math.sqrt(REACH**2 + 2 * (LEAST + likely))  # how far a level may be that can be meant
-        reach = levels - 1 if near >= gap * (levels - 1) else math.ceil(near / gap)
-        own = self._nodes(REACH, step)
-        every = torch.arange(levels).to(log_pi) - 0.5 * (levels - 1)
-        shared = self._nodes(0.5 * gap * (levels - 1) + REACH, step)
+        reach = intervals if near >= gap * intervals else math.ceil(near / gap)
+        own, shared = self._nodes(REACH, step), self._nodes(0.5 * gap * intervals + REACH, step)
         if len(shared) <= len(own) * (2 * reach + 1):
-            exponent = -0.5 * (shared[:, None] - gap * every).square()  # (nodes, L)
-            density = exponent.softmax(0)
-            log_p = (log_pi + exponent).log_softmax(1)
-            error = (unit * (every - (log_p.exp() @ every)[:, None])).square()
-            return tuple((density * cost).sum(0) for cost in (-log_p, log_p.square(), error, error.square()))
-        density = (-0.5 * own.square()).softmax(0)
-        offset = torch.arange(-reach, reach + 1).to(log_pi)
-        around = F.pad(log_pi, (reach, reach), value=-math.inf).unfold(0, len(offset), 1)  # (L, 2 reach + 1)
-        log_p = (around[:, None] - 0.5 * (own[:, None] - gap * offset).square()).log_softmax(2)
+            return self._by_shared_nodes(shared, gap, unit)
+        return self._by_own_nodes(own, gap, unit, reach)
+
+    def _by_shared_nodes(self, nodes: Tensor, gap: float, unit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns what :meth:`_pixel` does, from x_t at ``nodes`` around the middle level, for all levels at once."""
+        levels = len(self.log_frequencies)
+        place = torch.arange(levels).to(nodes) - 0.5 * (levels - 1)
+        exponent = -0.5 * (nodes[:, None] - gap * place).square()  # (nodes, L)
+        density = exponent.softmax(0)
+        log_p = (self.log_frequencies + exponent).log_softmax(1)
+        error = (unit * (place - (log_p.exp() @ place)[:, None])).square()
+        return tuple((density * cost).sum(0) for cost in (-log_p, log_p.square(), error, error.square()))
+
+    def _by_own_nodes(self, nodes: Tensor, gap: float, unit: float, reach: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns what :meth:`_pixel` does, from x_t at ``nodes`` around each level, with ``reach`` levels on either side."""
+        density = (-0.5 * nodes.square()).softmax(0)
+        offset = torch.arange(-reach, reach + 1).to(nodes)
+        around = F.pad(self.log_frequencies, (reach, reach), value=-math.inf).unfold(0, len(offset), 1)  # (L, 2 reach + 1)
+        log_p = (around[:, None] - 0.5 * (nodes[:, None] - gap * offset).square()).log_softmax(2)  # (L, nodes, 2 reach + 1)
         own_log_p, error = log_p[..., reach], (unit * (log_p.exp() @ offset)).square()
         return tuple(cost @ density for cost in (-own_log_p, own_log_p.square(), error, error.square()))
 
