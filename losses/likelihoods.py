@@ -74,6 +74,11 @@ def _split(params: Tensor, num: int) -> Tensor:
     return full_precision(params).unflatten(1, (num, -1))
 
 
+def _draw_one(logits: Tensor) -> Tensor:
+    """Draws k of each pixel with P(k) = softmax(logits)_k by the Gumbel-max trick: (B, K, C, H, W) -> int64 (B, C, H, W)."""
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(1)
+
+
 def _check(params: Tensor, x: Tensor, num: int) -> None:
     """Refuses parameters of other pixels, which would broadcast to a finite and wrong figure."""
     if params.ndim < 2 or x.ndim < 2 or params.shape != (x.shape[0], num * x.shape[1], *x.shape[2:]):
@@ -148,9 +153,8 @@ class Categorical:
         return (logits.softmax(1) * values.view(-1, 1, 1, 1)).sum(1)
 
     def sample(self, params: Tensor) -> Tensor:
-        """Draws a level for each pixel by the Gumbel-max trick: uint8 (B, C, H, W)."""
-        logits = self.logits(params)
-        return (logits - torch.empty_like(logits).exponential_().log()).argmax(1).to(torch.uint8)
+        """Draws a level for each pixel: uint8 (B, C, H, W)."""
+        return _draw_one(self.logits(params)).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -305,7 +309,7 @@ class DiscretizedLogisticMixture:
     def sample(self, params: Tensor) -> Tensor:
         """Draws a component, then a level, for each pixel: uint8 (B, C, H, W)."""
         log_share, mean, log_scale = self._parts(params)
-        chosen = (log_share - torch.empty_like(log_share).exponential_().log()).argmax(1, keepdim=True)
+        chosen = _draw_one(log_share).unsqueeze(1)
         return self.component.draw(mean, log_scale).gather(1, chosen).squeeze(1)
 
 
