@@ -78,7 +78,7 @@ class Epsilon(Parameterization):
     def x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, process: GaussianDiffusion) -> Tensor:
         """See :meth:`Parameterization.x0`."""
         noise = self.epsilon(output, x_t, t, process)
-        if isinstance(t, int):  # the same digits in a third of the time: no coefficient is gathered and cast
+        if isinstance(t, int):  # plain numbers: to gather and cast two coefficients takes longer than the rest
             scale, std = process.scales(t)
             return torch.sub(x_t, noise, alpha=std).div_(scale)
         signal = torch.addcmul(x_t, process.at(process.noise_std, t, x_t), noise, value=-1)

@@ -194,23 +194,17 @@ class DDPMLightningModule(LikelihoodModule):
         """
         x0 = self.to_unit(x)
         noise = randn_like(x0)  # before t: with T = 1 the draws are then a VAE's
-        on_cpu = self.timestep_sampler(x.shape[0], self.num_steps, torch.device("cpu"))  # known here without a device sync
-        if not isinstance(on_cpu, Tensor):
-            raise ValueError(f"model.timestep_sampler gives {type(on_cpu).__name__}, not a step for each image")
-        if on_cpu.shape != x.shape[:1] or not all(1 <= step <= self.num_steps for step in on_cpu.tolist()):
-            raise ValueError(
-                f"model.timestep_sampler gives {on_cpu.flatten()[:4].tolist()}... of shape {tuple(on_cpu.shape)}, not a "
-                f"step from 1 to {self.num_steps} for each of {len(x)} images"
-            )
-        t = on_cpu.to(x.device, non_blocking=True)
+        steps = self._draw_t(x)
+        t = steps.to(x.device, non_blocking=True)
         marginal = self.process.marginal(x0, t)
         x_t = marginal.mean + marginal.log_std.exp() * noise
         output = self.network(x_t, t)
         prior, zero = self.process.prior_kl(x0), x0.new_zeros(len(x0))
-        first = (on_cpu == 1).nonzero().flatten().to(x.device, non_blocking=True)
+        first = (steps == 1).nonzero().flatten().to(x.device, non_blocking=True)
         seen = x0 if self.levels is None else x  # in the model's precision, whatever the data's
 
         def terms(clip: bool) -> tuple[Tensor, Tensor]:
+            """Reconstruction of the images whose t is 1 and KL_t of the others, 0 elsewhere: (B,) each."""
             matching = self._kl(output, x0, x_t, t, clip) if self.num_steps > 1 else zero
             if not len(first):
                 return zero, matching
@@ -218,17 +212,41 @@ class DDPMLightningModule(LikelihoodModule):
             return zero.index_copy(0, first, values), matching.index_fill(0, first, 0.0)
 
         minimised = terms(clip=False)
-        same = self.parameterization.bounded or not self.clip
-        with torch.no_grad():
-            reconstruction, matching = minimised if same else terms(clip=True)
+        with torch.no_grad():  # where nothing is clamped the bound's are the same
+            reconstruction, matching = terms(clip=True) if self.clip and not self.parameterization.bounded else minimised
         if self.training and self.num_steps > 1:  # for validation's proposal
             self.step_profile.record(t, matching)
         predict_noise = partial(self.parameterization.epsilon, output, x_t, t, self.process)
-        loss = self.weighting(StepTerms(minimised[1] - minimised[0], prior, noise, predict_noise, self.num_steps))
-        if not isinstance(loss, Tensor) or loss.shape != prior.shape:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"the weighting gives {found}, not one number for each of {len(prior)} images")
+        loss = self._weighted(StepTerms(minimised[1] - minimised[0], prior, noise, predict_noise, self.num_steps))
         return loss.mean() / self.num_dims, Elbo(self.num_steps * reconstruction, prior, self.num_steps * matching)
+
+    def _draw_t(self, x: Tensor) -> Tensor:
+        """Returns a step for each image, (B,), on the CPU: what is in it is known there without waiting for a device.
+
+        Raises:
+            ValueError: if the sampler, which may be a user's own, gives anything else.
+        """
+        t = self.timestep_sampler(x.shape[0], self.num_steps, torch.device("cpu"))
+        if not isinstance(t, Tensor):
+            raise ValueError(f"model.timestep_sampler gives {type(t).__name__}, not a step for each image")
+        if t.shape != x.shape[:1] or not all(1 <= step <= self.num_steps for step in t.tolist()):
+            raise ValueError(
+                f"model.timestep_sampler gives {t.flatten()[:4].tolist()}... of shape {tuple(t.shape)}, not a step from 1 to "
+                f"{self.num_steps} for each of {len(x)} images"
+            )
+        return t
+
+    def _weighted(self, terms: StepTerms) -> Tensor:
+        """Returns what is minimised for each image, (B,).
+
+        Raises:
+            ValueError: if the weighting, which may be a user's own, gives anything else.
+        """
+        loss = self.weighting(terms)
+        if not isinstance(loss, Tensor) or loss.shape != terms.prior.shape:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the weighting gives {found}, not one number for each of {len(terms.prior)} images")
+        return loss
 
     def sample(self, num: int, mean: bool = False) -> Tensor:
         """Draws from x_T ~ N(0, I) down to x_1 by the sampler's moves, x̂_0 clamped as in the bound, then from p_θ(x_0|x_1).
