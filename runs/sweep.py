@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
+from runs.composing import sentence
 from runs.directory import HeldElsewhere, hold, is_held, whole
-from runs.entry import INTERRUPTED, refusal, sentence, start
+from runs.entry import INTERRUPTED, refusal, start
 from runs.identity import digest, job_name
 from runs.lifelines import in_worker, is_lightnings
 from runs.search import STUDY, go_on, is_search, other_study, refused_search
