@@ -44,7 +44,7 @@ def plain(text: str) -> str:
 
 
 def look(number: int) -> tuple[str, str]:
-    """Returns the colour and the dash of a group's lines: forty different pairs, and no dash shared by two like colours."""
+    """Returns the colour and the dash of a group's lines: forty pairs, and like colours share no dash in the first twenty."""
     five = number // 5
     return COLOURS[number % len(COLOURS)], DASHES[(five + five // len(DASHES)) % len(DASHES)]
 

@@ -273,8 +273,8 @@ def seen_without_red_or_green(colour):
 
 
 def test_groups_of_one_dash_have_colours_that_the_colour_blind_tell_apart():
-    for first, second in combinations(range(4 * len(COLOURS)), 2):
+    for first, second in combinations(range(2 * len(COLOURS)), 2):  # forty pairs want each dash for all ten colours
         (one, dash), (other, other_dash) = look(first), look(second)
-        if dash == other_dash and first // 5 == second // 5:
+        if dash == other_dash:
             pairs = zip(seen_without_red_or_green(one), seen_without_red_or_green(other), strict=True)
             assert min(np.linalg.norm(a - b) for a, b in pairs) > 6, (one, other)
