@@ -273,12 +273,12 @@ class LikelihoodModule(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the terms since the last row of training."""
-        checkpoint["training_terms"] = self._training_terms.recorded()
+        checkpoint["training_terms"] = self._training_terms.recorded(self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with them where training goes on."""
         if self.goes_on:
-            self._training_terms = TrainingTerms.restored(checkpoint.get("training_terms"))
+            self._training_terms = TrainingTerms.restored(checkpoint.get("training_terms"), self.trainer.world_size)
 
     @property
     def goes_on(self) -> bool:

@@ -64,17 +64,23 @@ class TrainingTerms:
         if self._sums is not None:
             self._sums = strategy.reduce(self._sums.to(strategy.root_device), reduce_op="mean")
 
-    def recorded(self) -> dict[str, Any]:
-        """Returns what :meth:`restored` takes."""
+    def recorded(self, ranks: int) -> dict[str, Any]:
+        """Returns what :meth:`restored` takes, of one of so many ranks that hold as many images each."""
         self._add_up()
-        return {"sums": self._sums, "batches": self._batches, "images": self._images}
+        return {"sums": self._sums, "batches": self._batches, "images": self._images, "ranks": ranks}
 
     @classmethod
-    def restored(cls, recorded: dict[str, Any] | None) -> TrainingTerms:
-        """Returns one that goes on with what another training has added up; with nothing, if there is no record of it."""
+    def restored(cls, recorded: dict[str, Any] | None, ranks: int) -> TrainingTerms:
+        """Returns one, of so many, that goes on with what another training has added up; with nothing without a record of it.
+
+        Each of fewer ranks holds more images of every batch to come, and so of those before, or these would weigh less.
+        """
         terms = cls()
         if recorded is not None:
-            terms._sums, terms._batches, terms._images = (recorded[name] for name in ("sums", "batches", "images"))
+            more = recorded.get("ranks", ranks) / ranks
+            terms._batches, terms._images = recorded["batches"], recorded["images"] * more
+            if recorded["sums"] is not None:
+                terms._sums = torch.cat([recorded["sums"][:1], recorded["sums"][1:] * more])
         return terms
 
 

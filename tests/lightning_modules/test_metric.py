@@ -65,11 +65,14 @@ def test_a_checkpoint_has_the_terms_of_all_ranks_from_which_each_goes_on():
     for rank, value in zip(ranks, (1.0, 5.0), strict=True):
         rank.add(*batch(value))
         rank._add_up()
-    both = sum(rank.recorded()["sums"] for rank in ranks) / 2
+    both = sum(rank.recorded(2)["sums"] for rank in ranks) / 2
     strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda sums, reduce_op: both)
     ranks[0].share(strategy)
-    again = [TrainingTerms.restored(ranks[0].recorded()) for _ in ranks]
+    again = [TrainingTerms.restored(ranks[0].recorded(2), 2) for _ in ranks]
     for rank, value in zip(again, (2.0, 8.0), strict=True):
         rank.add(*batch(value))
     assert sum(rank.means()[0].item() for rank in again) / 2 == (1 + 5 + 2 + 8) / 4
-    assert TrainingTerms.restored(None).recorded() == {"sums": None, "batches": 0, "images": 0}
+    one = TrainingTerms.restored(ranks[0].recorded(2), 1)
+    one.add(*batch(9.0, 4))  # the whole batch, of which each had half
+    assert one.means().tolist() == [(3 + 9) / 2, *(factor * (1 + 5 + 9 + 9) / 4 for factor in (-4, 1, 2, 3))]
+    assert TrainingTerms.restored(TrainingTerms.restored(None, 2).recorded(2), 1).recorded(1)["sums"] is None
