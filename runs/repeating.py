@@ -35,7 +35,6 @@ def as_another_run(arguments: Sequence[str]) -> list[str]:
     given = {item.lstrip("+~").partition("=")[0] for item in arguments}
     pictures = (config.get("callbacks") or {}).get("pictures") and not {"callbacks", "callbacks.pictures"} & given
     anew = {key: value for key, value in ANEW.items() if key not in given and (pictures or "pictures" not in key)}
-    # beside another override: argparse wants all of them together
     return [*arguments, *(f"{key}={value}" for key, value in anew.items())]
 
 
