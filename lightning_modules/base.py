@@ -264,7 +264,7 @@ class LikelihoodModule(LightningModule, ABC):
                 group["lr"] = given["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
 
     def before_stop(self) -> None:
-        """Called on every rank when all have agreed to stop after this batch: gives rank 0 what its checkpoint is to hold."""
+        """Called on every rank before training stops, or saves without a validation: gives rank 0 what it is to save."""
         self._training_terms.share(self.trainer.strategy)
 
     def on_validation_start(self) -> None:
@@ -272,7 +272,8 @@ class LikelihoodModule(LightningModule, ABC):
         self._training_terms.share(self.trainer.strategy)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the terms since the last row of training."""
+        """Keeps the terms since the last row of training; a due one is written first, or the next would hold them, too."""
+        self._write_row()
         checkpoint["training_terms"] = self._training_terms.recorded(self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -329,9 +330,13 @@ class LikelihoodModule(LightningModule, ABC):
         Straight to the loggers and in one piece: ``self.log`` takes a third of a millisecond for every single number. Loss and
         terms are means over the batches since the last row: one alone seldom has a DDPM's t = 1, and is far off where it has.
         """
+        self._write_row()
+
+    def _write_row(self) -> None:
         trainer = self.trainer
-        stepped = trainer.global_step > trainer.fit_loop.epoch_loop._batches_that_stepped  # which Lightning raises after this
-        if not stepped or self._noted is None or not is_logged(trainer, trainer.global_step):
+        if self._noted is None or not is_logged(trainer, trainer.global_step):
+            return
+        if trainer.global_step <= trainer.fit_loop.epoch_loop._batches_that_stepped:  # which Lightning raises after this
             return
         loss, *nats = self._noted.tolist()
         headline = self._headline(nats[0])

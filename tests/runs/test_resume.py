@@ -341,6 +341,18 @@ def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_w
     assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(tmp_path / "whole")]
 
 
+def test_a_row_written_where_training_ended_without_a_validation_is_not_in_the_next_one_too(tmp_path):
+    settings = (
+        "model=vae", "logger=csv", "trainer.limit_val_batches=0", "trainer.max_epochs=-1", "trainer.log_every_n_steps=7",
+    )  # fmt: skip
+    run_here(tmp_path / "whole", *settings, "trainer.max_steps=21")
+    run_here(tmp_path / "parts", *settings, "trainer.max_steps=14")
+    run_here(tmp_path / "parts", *settings, "trainer.max_steps=21", "ckpt=last")
+    there, here = ([row for row in rows(tmp_path / name) if row["train/loss"]] for name in ("whole", "parts"))
+    assert [row["step"] for row in here] == ["6", "13", "20"]
+    assert here == there
+
+
 def test_a_finished_run_that_goes_on_has_no_result_until_it_has_ended_again(tmp_path, monkeypatch):
     settings = ("model=vae", "logger=csv", "callbacks.pictures=null")
     run_here(tmp_path, *settings)
