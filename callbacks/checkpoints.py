@@ -175,7 +175,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._looked_at = step
             self._check(trainer, "train/loss")
         if not self._validates and not trainer.fit_loop.epoch_loop._num_ready_batches_reached() and ends_here(trainer):
-            self._save_last(trainer)
+            self._save_unvalidated(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a run whose validation figure is not finite, before it is kept; writes last.ckpt whatever the figure.
@@ -190,7 +190,12 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes last.ckpt after every epoch where there are no validations; an epoch that was cut short has written it."""
         if not self._validates:
-            self._save_last(trainer)
+            self._save_unvalidated(trainer, pl_module)
+
+    def _save_unvalidated(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if hasattr(pl_module, "before_stop"):  # or rank 0 would save what it has seen alone: a validation shares that itself
+            pl_module.before_stop()
+        self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -169,6 +169,21 @@ def test_ctrl_c_stops_all_ranks_after_one_batch_and_the_run_that_goes_on_is_the_
         assert here[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
+def test_ranks_without_validations_save_the_terms_of_all_of_them(data, tmp_path):
+    """Rows of three steps, epochs of four: the second row is of a step before the run went on, too."""
+    settings = (*VAE, f"paths.data_dir={data}", "trainer.limit_val_batches=0", "trainer.log_every_n_steps=3")
+    run_here(tmp_path / "whole", *settings)
+    for length in ("trainer.max_epochs=1", "trainer.max_epochs=2"):
+        job = (*QUICK[3:], *settings, length, "trainer=ddp_cpu", "hydra.run.dir=run", "ckpt=auto")
+        done = torchrun(2, *job, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    there, here = rows(tmp_path / "whole" / "run"), rows(tmp_path / "run")
+    assert {step for step, name in here if name == "train/loss"} == {2, 5}
+    for key in there:
+        if key[1].startswith("train/"):
+            assert here[key] == pytest.approx(there[key], rel=1e-5, abs=1e-4), key
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_after_ranks_last_agreed_stops_them_before_the_test(number, code, data, tmp_path):
     """16 steps of which each sixth is logged; what is left to do then is the test."""
