@@ -28,7 +28,7 @@ from callbacks.last_validation import ends_here, is_cut_off
 from lightning_modules.base import is_logged
 from lightning_modules.sharding import load_whole, sharded_parts
 
-LARGE = ("state_dict", "current_model_state", "optimizer_states")  # large, and of tensors and numbers
+LARGE = ("state_dict", "current_model_state", "optimizer_states", "begun_step")  # large, and of tensors and numbers
 
 
 def diverged(what: str, step: int) -> FloatingPointError:

@@ -110,6 +110,7 @@ class LikelihoodModule(LightningModule, ABC):
         self.train_row: dict[str, float | Tensor] = {}
         self.num_scored = 0
         self._training_terms, self._noted = TrainingTerms(), None
+        self._begun_step: dict[str, Any] = {}  # the gradients of one that a checkpoint was written within
         self._given: list[dict[str, Any]] = []
 
     @classmethod
@@ -253,7 +254,12 @@ class LikelihoodModule(LightningModule, ABC):
         """
         self._noted, self.train_row = None, {}
         if not self.trainer.global_step:
-            self._training_terms = TrainingTerms()
+            self._training_terms, self._begun_step = TrainingTerms(), {}
+        begun, self._begun_step = self._begun_step, {}
+        if begun.get("together") == self.trainer.accumulate_grad_batches:
+            for name, parameter in self.named_parameters():
+                if name in begun["gradients"]:
+                    parameter.grad = begun["gradients"][name].to(parameter.device)
         scheduler = self.lr_schedulers()
         if not self._given or type(scheduler) is not LambdaLR:  # a subclass has an optimiser or a schedule of its own
             return
@@ -268,18 +274,35 @@ class LikelihoodModule(LightningModule, ABC):
         self._training_terms.share(self.trainer.strategy)
 
     def on_validation_start(self) -> None:
-        """Gives rank 0 the terms of all ranks since the last row: after validation a checkpoint is written."""
+        """Gives rank 0 the terms of all ranks since the last row: after validation a checkpoint is written.
+
+        And all ranks the mean of their gradients, if it comes within an optimiser step: the step's mean stays what it is.
+        """
         self._training_terms.share(self.trainer.strategy)
+        if self.trainer.world_size > 1 and self._is_within_step():
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self.trainer.strategy.reduce(parameter.grad.clone(), reduce_op="mean"))
+
+    def _is_within_step(self) -> bool:
+        """Whether gradients are being accumulated, and lie whole on this rank."""
+        trainer = self.trainer
+        fitting = self.goes_on and trainer.accumulate_grad_batches > 1
+        return fitting and trainer.fit_loop.epoch_loop._should_accumulate() and not sharded_parts(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the terms since the last row of training; a due one is written first, or the next would hold them, too."""
         self._write_row()
         checkpoint["training_terms"] = self._training_terms.recorded(self.trainer.world_size)
+        if self._trainer is not None and self._is_within_step():  # else a run that goes on would take the step without them
+            of_batches = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
+            checkpoint["begun_step"] = {"together": self.trainer.accumulate_grad_batches, "gradients": of_batches}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with them where training goes on."""
         if self.goes_on:
             self._training_terms = TrainingTerms.restored(checkpoint.get("training_terms"), self.trainer.world_size)
+            self._begun_step = checkpoint.get("begun_step", {})
 
     @property
     def goes_on(self) -> bool:

@@ -341,6 +341,30 @@ def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_w
     assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(tmp_path / "whole")]
 
 
+def test_gradients_of_a_step_that_a_validation_came_within_are_kept(tmp_path, monkeypatch):
+    """Steps of three batches, a validation after each fourth: the second step has one batch behind it then."""
+    accumulate = (*COMMON, "trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=1")
+    run_here(tmp_path / "whole", *accumulate)
+    usual, count = VAELightningModule.training_step, itertools.count()
+
+    def stops(self, *args):
+        if next(count) == 5:
+            raise RuntimeError
+        return usual(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VAELightningModule, "training_step", stops)
+        with pytest.raises(RuntimeError):
+            run_here(tmp_path / "parts", *accumulate)
+    kept = last(tmp_path / "parts")
+    assert (kept["global_step"], kept["begun_step"]["together"]) == (1, 3)
+    run_here(tmp_path / "parts", *accumulate, "ckpt=last")
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    there, here = last(tmp_path / "whole"), last(tmp_path / "parts")
+    assert same(here["current_model_state"], there["current_model_state"])
+    assert "begun_step" not in here
+
+
 def test_a_row_written_where_training_ended_without_a_validation_is_not_in_the_next_one_too(tmp_path):
     settings = (
         "model=vae", "logger=csv", "trainer.limit_val_batches=0", "trainer.max_epochs=-1", "trainer.log_every_n_steps=7",
