@@ -157,8 +157,9 @@ class SweepReport(Callback):
         """
         own = not_shared(overrides, as_written(config))
         place = self.directory / f"{REFUSED}{digest(' '.join(own))}"
+        known = [item for item in config.hydra.overrides.get("hydra", ()) if item.startswith("+hydra.runtime.choices=")]
         try:
-            cfg = compose(config.hydra.job.config_name, overrides=list(overrides), return_hydra_config=True)
+            cfg = compose(config.hydra.job.config_name, overrides=[*overrides, *known], return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
             job = job_name(cfg, own)
         except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
@@ -228,7 +229,7 @@ def refused_sweep(config: DictConfig) -> str | None:
         return wrong
     if own := next((item for item in hydra.overrides.hydra if item.startswith("hydra.run.dir=")), None):
         return f"{own} is the directory of one run, and this is a sweep: give hydra.sweep.dir"
-    if own := next((item for item in hydra.overrides.hydra if item.startswith("hydra.sweep.subdir=")), None):
+    if own := next((item for item in hydra.overrides.hydra if re.match(r"hydra\.sweep\.subdir=(?!\.$)", item)), None):
         return f"{own}: jobs have names of their own, by which they are found again; leave it out"
     if str(hydra.launcher._target_).endswith("SlurmLauncher") and shutil.which("srun") is None:
         return "hydra/launcher=slurm: this machine has no srun; start the sweep where SLURM is, or choose hydra/launcher=cores"
