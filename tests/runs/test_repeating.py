@@ -70,3 +70,12 @@ def test_a_sweep_of_it_is_a_sweep_as_any_other(tmp_path):
     assert result(directory)["metrics"] == result(tmp_path / "second")["metrics"]
     assert result(directory)["choices"].items() >= {"model": "vae", "data": "digits"}.items()
     assert "skipped" in command(*line, "sweep.retry_failed=false", cwd=tmp_path).stdout
+
+
+def test_a_choice_where_there_are_settings_alone_is_refused_with_what_it_would_do(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    refused = command("--config-dir", ".", "--config-name", "config", "trainer=ddp_cpu", cwd=tmp_path)
+    assert refused.stderr == (
+        "error: trainer: the config that was named chooses none, but has settings: change those, as in trainer.NAME=VALUE; "
+        "+trainer=ddp_cpu would put all that this choice sets over them\n"
+    )
