@@ -104,6 +104,8 @@ def varied_settings(runs: Sequence[Run]) -> list[str]:
     chosen: list[str] = []
     choices = {key for run in runs for key in run.choices if "@" not in key and not _is_where(key.replace("/", "."))}
     choices -= {"logger", "trainer"}
+    if not all(run.choices for run in runs):  # of a run that has none, as one by another's config.yaml, the settings tell
+        choices = set()
     for key in sorted(choices, key=lambda key: (key != "experiment", key.count("/"), key)):  # what decides others comes first
         if _differ([run.choices.get(key) for run in runs]) and not _implied(runs, key, chosen):
             chosen.append(key)

@@ -23,6 +23,11 @@ def as_value(text: str) -> str:
     return text if read == text and "$" not in text else QuotedString(text, Quote.single).with_quotes()
 
 
+def as_written(config: DictConfig) -> list[str]:
+    """Returns a sweep's overrides as they were given: ``data.split_seed=${seed}`` is another value in each of its jobs."""
+    return OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+
+
 def chosen(cfg: DictConfig, group: str) -> str:
     """Returns the name of what was chosen of a group; a config without choices, as a run's config.yaml, has a class's."""
     name = HydraConfig.get().runtime.choices.get(group)

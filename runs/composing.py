@@ -63,6 +63,12 @@ def sentence(error: BaseException, overrides: Sequence[str] | None = None) -> st
     absent = re.match(r"Could not override '(\w+)/([^']+)'\. No match in the defaults list\. .* use (\S+)", text)
     if absent:
         return f"{absent[1]}/{absent[2]}: the {absent[1]} that is chosen has none; {absent[3]} adds one, where it takes one"
+    filled = re.match(r"Could not override '(\w+)'\. No match in the defaults list\. .* use (\S+)", text)
+    if filled and {"--config-name", "-cn"} & {item.partition("=")[0] for item in sys.argv}:  # as of a run's config.yaml
+        return (
+            f"{filled[1]}: the config that was named chooses none, but has settings: change those, as in "
+            f"{filled[1]}.NAME=VALUE; {filled[2]} would put all that this choice sets over them"
+        )
     unknown = re.match(r"Could not override '([^']+)'\. To append to your config use (\S+)", text)
     if unknown is None:
         return text

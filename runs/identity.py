@@ -79,6 +79,7 @@ def with_sweep_directory(arguments: Sequence[str]) -> list[str]:
     incidental = (
         "-",
         "hydra.mode=",
+        "hydra.runtime.",
         "hydra/launcher=",
         "hydra.launcher.",
         "sweep.",

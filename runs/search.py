@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, flag_override
 from yaml import YAMLError
 
+from runs.commands import as_written
 from runs.identity import is_hashed
 
 STUDY = "study.db"  # as conf/hydra/sweeper/search.yaml has it, in the sweep's directory
@@ -58,7 +59,7 @@ def other_study(sweeper: DictConfig, overrides: Sequence[str], record: Path) -> 
     if directions != [direction]:
         return f"hydra.sweeper.direction={direction}: the study {sweeper.storage} was begun to {directions[0]}; {instead}"
     try:
-        earlier = OmegaConf.load(record).hydra.overrides.task
+        earlier = as_written(OmegaConf.load(record))
     except (OSError, AttributeError, ValueError, YAMLError):  # none, or half of one that was cut off, which is written again
         earlier = overrides
     fixed, before = (sorted(_fixed(some)) for some in (overrides, earlier))

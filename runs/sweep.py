@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
+from runs.commands import as_written
 from runs.composing import sentence
 from runs.directory import HeldElsewhere, hold, is_held, whole
 from runs.entry import INTERRUPTED, refusal, start
@@ -106,7 +107,7 @@ class SweepReport(Callback):
                 sys.exit(f"error: hydra.sweep.dir={self.directory}: another process is at this search; wait for its end")
             if config.sweep.fresh:
                 self._begin_anew()
-            elif wrong := other_study(config.hydra.sweeper, config.hydra.overrides.task, self.directory / SWEEP):
+            elif wrong := other_study(config.hydra.sweeper, as_written(config), self.directory / SWEEP):
                 sys.exit(f"error: {wrong}")
             # as the grid's sweeper leaves it: jobs read from it what they share, and so what varies
             with whole(self.directory / SWEEP) as draft:
@@ -130,8 +131,8 @@ class SweepReport(Callback):
         table = Table()
         for heading in ("job", "state", "plan"):
             table.add_column(heading)
-        given = (f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items())  # of the config, as Hydra's
-        jobs = grid([*given, *config.hydra.overrides.task])
+        params = (f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items())  # of the config, as Hydra's
+        jobs = grid([*params, *as_written(config)])
         self.jobs = len(jobs)
         if not jobs:
             sys.exit("error: this sweep has no jobs: a glob finds nothing, or a list is empty")
@@ -142,7 +143,7 @@ class SweepReport(Callback):
                 self.impossible.add(tuple(overrides))
             state, _ = read_state(directory)
             plan = "left out: it cannot be composed" if cfg is None else _plan_of(cfg, state)
-            table.add_row(" ".join(not_shared(overrides, config.hydra.overrides.task)), state, plan)
+            table.add_row(" ".join(not_shared(overrides, as_written(config))), state, plan)
         return table
 
     def composed(self, overrides: Sequence[str], config: DictConfig) -> tuple[Path, DictConfig | None]:
@@ -155,10 +156,11 @@ class SweepReport(Callback):
         Returns:
             (directory, config) of the job; (one that holds the reason, ``None``) where it has no config.
         """
-        own = not_shared(overrides, config.hydra.overrides.task)
+        own = not_shared(overrides, as_written(config))
         place = self.directory / f"{REFUSED}{digest(' '.join(own))}"
+        known = [item for item in config.hydra.overrides.get("hydra", ()) if item.startswith("+hydra.runtime.choices=")]
         try:
-            cfg = compose(config.hydra.job.config_name, overrides=list(overrides), return_hydra_config=True)
+            cfg = compose(config.hydra.job.config_name, overrides=[*overrides, *known], return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
             job = job_name(cfg, own)
         except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
@@ -226,10 +228,10 @@ def refused_sweep(config: DictConfig) -> str | None:
     hydra = config.hydra
     if wrong := wrong_switch(config):
         return wrong
-    if given := next((item for item in hydra.overrides.hydra if item.startswith("hydra.run.dir=")), None):
-        return f"{given} is the directory of one run, and this is a sweep: give hydra.sweep.dir"
-    if given := next((item for item in hydra.overrides.hydra if item.startswith("hydra.sweep.subdir=")), None):
-        return f"{given}: jobs have names of their own, by which they are found again; leave it out"
+    if own := next((item for item in hydra.overrides.hydra if item.startswith("hydra.run.dir=")), None):
+        return f"{own} is the directory of one run, and this is a sweep: give hydra.sweep.dir"
+    if own := next((item for item in hydra.overrides.hydra if re.match(r"hydra\.sweep\.subdir=(?!\.$)", item)), None):
+        return f"{own}: jobs have names of their own, by which they are found again; leave it out"
     if str(hydra.launcher._target_).endswith("SlurmLauncher") and shutil.which("srun") is None:
         return "hydra/launcher=slurm: this machine has no srun; start the sweep where SLURM is, or choose hydra/launcher=cores"
     at_once = hydra.launcher.get("n_jobs", 1)  # an integer, as the plugin has it checked
@@ -239,7 +241,7 @@ def refused_sweep(config: DictConfig) -> str | None:
     if at_a_time is not None and at_a_time < 1:
         return f"hydra.sweeper.max_batch_size={at_a_time}: give an integer of at least 1, or null for all jobs"
     swept = list(hydra.sweeper.get("params") or {})
-    for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+    for override in OverridesParser.create().parse_overrides(as_written(config)):
         if override.is_sweep_override():
             swept.append(override.get_key_element())
             if override.is_interval_sweep() and (wrong := _wrong_interval(override.value(), hydra.sweeper)):

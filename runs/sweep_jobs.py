@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 
+from runs.commands import as_written
 from runs.directory import BEST, LAST, RESULT, HeldElsewhere, first_free, hold, is_held, write_json
 from runs.faults import is_fault
 from runs.identity import job_name
@@ -163,7 +164,7 @@ def share_threads() -> None:
 def varied(overrides: Sequence[str], sweep: Path) -> list[str]:
     """Returns the overrides of a job that other jobs of the sweep do not share."""
     try:
-        common = OmegaConf.load(sweep / SWEEP).hydra.overrides.task
+        common = as_written(OmegaConf.load(sweep / SWEEP))
     except (OSError, AttributeError):
         return list(overrides)
     return not_shared(overrides, common)

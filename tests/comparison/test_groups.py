@@ -325,3 +325,13 @@ def test_models_are_ranked_among_those_on_the_same_images(tmp_path):
     pooled = group(runs_of(tmp_path / "*"), ["model.latent_dim"], "test/bpd")
     assert [one.is_best for one in pooled] == [True, False, False]  # means over both data sets, as was asked for
     assert "rank no models" in other_images(pooled)
+
+
+def test_a_run_by_the_config_of_another_is_of_its_group(tmp_path):
+    write_run(tmp_path / "first", 2.0, seed=0, settings={"model.beta": 1.0})
+    write_run(tmp_path / "other", 2.2, seed=0, settings={"model.beta": 2.0})
+    write_run(tmp_path / "again", 2.1, seed=1, settings={"model.beta": 1.0})
+    record = json.loads((tmp_path / "again" / "result.json").read_text())
+    (tmp_path / "again" / "result.json").write_text(json.dumps({**record, "choices": {"hydra": None}}))
+    groups = group(runs_of(tmp_path), None, "test/bpd")
+    assert [(one.values, one.figures) for one in groups] == [({"model.beta": 1.0}, [2.0, 2.1]), ({"model.beta": 2.0}, [2.2])]

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf, open_dict
 from hydra_plugins.grid_sweeper import GridSweeper
 from runs.identity import identity, job_name, with_choices, with_sweep_directory
 from runs.sweep import SweepReport, refused_sweep
-from runs.sweep_jobs import not_shared
+from runs.sweep_jobs import SWEEP, not_shared, varied
 from tests.jobs import ROOT, command, configure
 from tests.runs.sweeps import JOB
 
@@ -116,6 +116,26 @@ def test_sweeps_that_cannot_work_are_refused_before_they_begin(overrides, words,
         config.hydra.overrides.task = task
         config.hydra.overrides.hydra = [item for item in overrides if item not in task]
     assert words in refused_sweep(config)
+
+
+def test_what_refers_to_a_setting_is_shared_by_the_trials_of_a_search(tmp_path):
+    record = {"hydra": {"overrides": {"task": ["model.latent_dim=interval(2,5)", "data.split_seed=${seed}"]}}}
+    OmegaConf.save(OmegaConf.create(record), tmp_path / SWEEP)
+    assert varied(["model.latent_dim=3", "data.split_seed=0"], tmp_path) == ["model.latent_dim=3"]
+
+
+@pytest.mark.parametrize("value", ["data.split_seed=${seed}", "callbacks.pictures.directory=${hydra:runtime.output_dir}"])
+def test_what_refers_to_a_setting_of_the_sweep_is_planned_as_it_is_run(value, tmp_path, capsys):
+    overrides = ["model=vae", "seed=3,4", value]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", ["model=vae"], return_hydra_config=True)
+        with open_dict(config):
+            config.hydra.job.config_name, config.hydra.sweep.dir = "train", str(tmp_path)
+            config.hydra.overrides.task = overrides
+        report = SweepReport()
+        report.on_multirun_start(config)
+        jobs = [job_name(compose("train", ["model=vae", f"seed={seed}", value]), ["seed"]) for seed in (3, 4)]
+    assert [path.name for path in report.planned] == jobs
 
 
 def test_no_batch_of_a_grid_is_empty_as_submitit_takes_no_such_one(monkeypatch):
