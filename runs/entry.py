@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from runs.commands import CONF
-from runs.faults import is_fault
+from runs.faults import fate_of_another_rank, is_fault
 from runs.help import help_text
 from runs.interrupts import listen
 from runs.lifelines import BEGUN_BY, end_rank_with_parent
@@ -259,9 +259,22 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
             given, interrupted = run(cfg)
         except DamagedDataError as error:
             raise RankError(str(error)) from None
+        except RuntimeError as error:
+            rank, fate = _rank_of_several(), fate_of_another_rank(error)
+            if rank is None or fate is None:
+                raise
+            raise RankError(f"rank {rank} {fate}") from None
     if interrupted:
         sys.exit(INTERRUPTED)
     return given
+
+
+def _rank_of_several() -> int | None:
+    """Returns which rank this process is of those that have met; ``None`` where it is alone."""
+    from torch import distributed
+
+    met = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return distributed.get_rank() if met else None
 
 
 def sentence(error: BaseException, overrides: Sequence[str] | None = None) -> str:

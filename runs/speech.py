@@ -13,9 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from runs.build import RankError, SettingError
 from runs.entry import refusal
-from runs.faults import is_fault, is_somebodys
-
-LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
+from runs.faults import fate_of_another_rank, is_fault, is_somebodys
 
 
 def quiet_libraries() -> None:
@@ -63,8 +61,8 @@ def one_sentence(trainer: Trainer) -> Iterator[None]:
     except Exception as error:
         if "loading state_dict" in str(error):
             raise SettingError(f"ckpt= has other weights than this model: {' '.join(str(error).split())[:300]}") from None
-        if trainer.world_size > 1 and any(sign in str(error) for sign in LOST):
-            raise RankError(f"rank {trainer.global_rank} has lost another one, which ended before it") from None
+        if trainer.world_size > 1 and (fate := fate_of_another_rank(error)):
+            raise RankError(f"rank {trainer.global_rank} {fate}") from None
         if is_fault(error) or is_somebodys(error):
             raise
         raise SettingError(" ".join(str(error).split())) from error  # Lightning's look at what a callback was given

@@ -1,6 +1,7 @@
 """Refusals are one sentence; a fault of code is shown with where it happened."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -11,6 +12,7 @@ from diffusion.schedules import scaled_linear
 from runs.build import SettingError
 from runs.entry import finish, told
 from runs.faults import PACKAGES, is_fault, is_somebodys
+from runs.speech import one_sentence
 from tests.jobs import ROOT
 
 
@@ -69,6 +71,29 @@ def test_an_evaluation_that_meets_damaged_images_ends_in_one_sentence():
     with pytest.raises(SystemExit) as end:
         finish(run, None)
     assert end.value.code == "error: pixels.png cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("gloo", "said"),
+    [
+        ("[pair.cc:561] Connection closed by peer [127.0.0.1]:41097. This is typically ...", "rank 1 has lost another"),
+        ("[unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation to complete", "rank 1 has waited in vain"),
+        ("Timed out after 1801 seconds waiting for clients. 1/2 clients joined.", "rank 1 has waited in vain"),
+    ],
+)
+def test_a_rank_that_others_leave_alone_ends_in_one_sentence(gloo, said, monkeypatch):
+    def run(cfg):
+        raise RuntimeError(gloo)
+
+    monkeypatch.setattr("runs.entry._rank_of_several", lambda: 1)
+    with pytest.raises(SystemExit) as end:
+        finish(run, None)
+    assert end.value.code.startswith(f"error: {said}")
+    with pytest.raises(SettingError, match=said), one_sentence(SimpleNamespace(world_size=2, global_rank=1)):
+        run(None)
+    monkeypatch.setattr("runs.entry._rank_of_several", lambda: None)  # alone, nobody can have left it
+    with pytest.raises(RuntimeError):
+        finish(run, None)
 
 
 def test_the_framework_is_what_the_package_says():
