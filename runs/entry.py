@@ -264,8 +264,8 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
             if rank is None or fate is None:
                 raise
             raise RankError(f"rank {rank} {fate}") from None
-    if interrupted:
-        sys.exit(INTERRUPTED)
+    if interrupted:  # Lightning kills rank 0, which may be writing, when a child of its ends with another code than 0
+        sys.exit(0 if is_later_rank() else INTERRUPTED)
     return given
 
 

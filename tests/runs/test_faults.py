@@ -96,6 +96,15 @@ def test_a_rank_that_others_leave_alone_ends_in_one_sentence(gloo, said, monkeyp
         finish(run, None)
 
 
+@pytest.mark.parametrize(("rank", "code"), [("0", 130), ("1", 0)])
+def test_a_later_rank_that_ctrl_c_reached_has_lightning_leave_the_one_alone_that_writes(rank, code, monkeypatch):
+    """Lightning kills the first rank within five seconds of the end of one that it began, by its code."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        finish(lambda cfg: (None, True), None)
+    assert end.value.code == code
+
+
 def test_the_framework_is_what_the_package_says():
     listed = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("packages = "))
     assert sorted(PACKAGES) == sorted(part.strip('"') for part in listed.partition("[")[2].rstrip("]").split(", "))
