@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +18,22 @@ from runs.build import RankError, SettingError
 from runs.entry import refusal
 from runs.faults import fate_of_another_rank, is_fault, is_somebodys
 
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
+
+
+class LastWords(logging.Handler):
+    """Says why this process ends, where Lightning is about to kill it because a rank that it began has ended.
+
+    Lightning does so when it sees the end and this rank does not, which waits for nobody just then.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Says it to stderr."""
+        if found := re.search(r"rank: (\d+)\].* terminated with code (-?\d+)", record.getMessage()):
+            rank, code = found[1], int(found[2])
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            print(f"error: rank {rank} {how}, and with it the others", file=sys.stderr, flush=True)
+
 
 def quiet_libraries() -> None:
     """Leaves of libraries' lines the warnings, once each: what a run does is said here, in fewer words."""
@@ -22,6 +41,9 @@ def quiet_libraries() -> None:
     lightning.handlers.clear()  # Hydra's root handler prints them already
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    launcher = logging.getLogger(LAUNCHER)
+    launcher.setLevel(logging.INFO)
+    launcher.handlers, launcher.propagate = [LastWords()], False
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # a name that is nowhere is said in one sentence
     for message in (
         ".*does not have many workers.*",

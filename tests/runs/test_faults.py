@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,7 +13,7 @@ from diffusion.schedules import scaled_linear
 from runs.build import SettingError
 from runs.entry import finish, told
 from runs.faults import PACKAGES, is_fault, is_somebodys
-from runs.speech import one_sentence
+from runs.speech import one_sentence, quiet_libraries
 from tests.jobs import ROOT
 
 
@@ -103,6 +104,16 @@ def test_a_later_rank_that_ctrl_c_reached_has_lightning_leave_the_one_alone_that
     with pytest.raises(SystemExit) as end:
         finish(lambda cfg: (None, True), None)
     assert end.value.code == code
+
+
+@pytest.mark.parametrize(("code", "said"), [(-9, "rank 2 was ended by SIGKILL"), (1, "rank 2 ended with code 1")])
+def test_what_lightning_kills_this_rank_for_is_said_before(code, said, monkeypatch, capsys):
+    began = [SimpleNamespace(pid=100 + rank, returncode=ended, poll=lambda: None) for rank, ended in enumerate((None, code))]
+    observer = _ChildProcessObserver(main_pid=1, child_processes=began)
+    monkeypatch.setattr(observer, "_terminate_all", lambda: None)
+    quiet_libraries()
+    assert observer._run()
+    assert capsys.readouterr().err == f"error: {said}, and with it the others\n"
 
 
 def test_the_framework_is_what_the_package_says():
