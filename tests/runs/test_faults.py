@@ -13,6 +13,7 @@ from diffusion.schedules import scaled_linear
 from runs.build import SettingError
 from runs.entry import finish, told
 from runs.faults import PACKAGES, is_fault, is_somebodys
+from runs.lifelines import end_in_peace
 from runs.speech import one_sentence, quiet_libraries
 from tests.jobs import ROOT
 
@@ -114,6 +115,17 @@ def test_what_lightning_kills_this_rank_for_is_said_before(code, said, monkeypat
     quiet_libraries()
     assert observer._run()
     assert capsys.readouterr().err == f"error: {said}, and with it the others\n"
+
+
+def test_a_rank_whose_job_is_over_is_not_killed_for_the_end_of_others(monkeypatch):
+    began = [SimpleNamespace(pid=1, returncode=None, poll=lambda: None)]
+    observer = _ChildProcessObserver(main_pid=1, child_processes=began, sleep_period=1)
+    monkeypatch.setattr(observer, "_terminate_all", lambda: pytest.fail("it is killed"))
+    observer.start()
+    end_in_peace()
+    began[0].returncode = -9
+    assert observer._run()
+    observer.join(10)
 
 
 def test_the_framework_is_what_the_package_says():
