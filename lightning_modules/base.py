@@ -319,8 +319,8 @@ class LikelihoodModule(LightningModule, ABC):
         loss, elbo = self.objective(x)
         if self.trainer.log_every_n_steps > 0:
             self._training_terms.add(loss, elbo)
-        if is_logged(self.trainer, self.trainer.global_step + 1):
-            self._note_terms()
+        if is_logged(self.trainer, self.trainer.global_step + 1) and not self.trainer.fit_loop._should_accumulate():
+            self._note_terms()  # ranks wait for each other: once a step, of however many batches
         share = self._share_of_step(batch_idx)
         return loss if share == 1 else loss / share
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from runs.composing import is_of_composing, sentence
-from runs.faults import is_fault
+from runs.faults import fate_of_another_rank, is_fault
 from runs.help import help_text
 from runs.interrupts import listen
 from runs.lifelines import BEGUN_BY, end_rank_with_parent
@@ -212,6 +212,19 @@ def finish(run: Callable[[DictConfig], tuple[object, bool]], cfg: DictConfig) ->
             given, interrupted = run(cfg)
         except DamagedDataError as error:
             raise RankError(str(error)) from None
-    if interrupted:
-        sys.exit(INTERRUPTED)
+        except RuntimeError as error:
+            rank, fate = _rank_of_several(), fate_of_another_rank(error)
+            if rank is None or fate is None:
+                raise
+            raise RankError(f"rank {rank} {fate}") from None
+    if interrupted:  # Lightning kills rank 0, which may be writing, when a child of its ends with another code than 0
+        sys.exit(0 if is_later_rank() else INTERRUPTED)
     return given
+
+
+def _rank_of_several() -> int | None:
+    """Returns which rank this process is of those that have met; ``None`` where it is alone."""
+    from torch import distributed
+
+    met = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return distributed.get_rank() if met else None

@@ -21,6 +21,8 @@ PACKAGES = (
     "comparison",
     "hydra_plugins",
 )
+LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
+LATE = ("Timed out waiting", "Timed out after")  # that one does not answer, or never came
 STANDARD = Path(sysconfig.get_path("stdlib")).resolve()
 INSTALLED = {"site-packages", "dist-packages"}
 
@@ -41,6 +43,15 @@ def is_fault(error: BaseException) -> bool:
         return False
     on_purpose = dis.opname[last.f_code.co_code[place]] == "RAISE_VARARGS"
     return not (on_purpose and (last is own or (ours and _package(last) == "lightning")))
+
+
+def fate_of_another_rank(error: BaseException) -> str | None:
+    """Returns what this rank is to say of another one that the error is about; ``None`` if it is about none."""
+    if any(sign in str(error) for sign in LOST):
+        return "has lost another one, which ended before it"
+    if any(sign in str(error) for sign in LATE):
+        return "has waited in vain for another one, which hangs, is far slower or never began"
+    return None
 
 
 def is_somebodys(error: BaseException) -> bool:

@@ -39,6 +39,7 @@ from runs.data import load_data
 from runs.devices import compile_networks, is_child_rank
 from runs.directory import CONFIG, FORMAT, LOCK, hold, hold_free, whole, withdraw_result
 from runs.kinds import unknown
+from runs.lifelines import end_in_peace
 from runs.report import facts_to_group_by
 from runs.resuming import choose_checkpoint, resume_command, same_images
 from runs.settings import check_limits, check_model, check_ranks, check_settings, chosen_callbacks, only_tries
@@ -116,6 +117,7 @@ def run_in(directory: Path, cfg: DictConfig) -> float:
         failed = type(end) is not SystemExit or bool(end.code)  # 0: of a callback that has done what the job was for
         raise
     finally:
+        end_in_peace()  # to end W&B's run may take a while
         finish_wandb(failed)
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN  # which keeps of each job how it ended
         if fresh and not in_sweep and not is_child_rank() and trainer is not None and only_tries(trainer, cfg):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +16,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from runs.build import RankError, SettingError
 from runs.entry import refusal
-from runs.faults import is_fault, is_somebodys
+from runs.faults import fate_of_another_rank, is_fault, is_somebodys
 
-LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")  # how gloo says that a rank has gone
+LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
+
+
+class LastWords(logging.Handler):
+    """Says why this process ends, where Lightning is about to kill it because a rank that it began has ended.
+
+    Lightning does so when it sees the end and this rank does not, which waits for nobody just then.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Says it to stderr."""
+        if found := re.search(r"rank: (\d+)\].* terminated with code (-?\d+)", record.getMessage()):
+            rank, code = found[1], int(found[2])
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            print(f"error: rank {rank} {how}, and with it the others", file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:
@@ -24,6 +41,9 @@ def quiet_libraries() -> None:
     lightning.handlers.clear()  # Hydra's root handler prints them already
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    launcher = logging.getLogger(LAUNCHER)
+    launcher.setLevel(logging.INFO)
+    launcher.handlers, launcher.propagate = [LastWords()], False
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # a name that is nowhere is said in one sentence
     for message in (
         ".*does not have many workers.*",
@@ -63,8 +83,8 @@ def one_sentence(trainer: Trainer) -> Iterator[None]:
     except Exception as error:
         if "loading state_dict" in str(error):
             raise SettingError(f"ckpt= has other weights than this model: {' '.join(str(error).split())[:300]}") from None
-        if trainer.world_size > 1 and any(sign in str(error) for sign in LOST):
-            raise RankError(f"rank {trainer.global_rank} has lost another one, which ended before it") from None
+        if trainer.world_size > 1 and (fate := fate_of_another_rank(error)):
+            raise RankError(f"rank {trainer.global_rank} {fate}") from None
         if is_fault(error) or is_somebodys(error):
             raise
         raise SettingError(" ".join(str(error).split())) from error  # Lightning's look at what a callback was given

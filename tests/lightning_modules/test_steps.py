@@ -187,6 +187,19 @@ def test_a_step_of_the_batches_left_at_an_epochs_end_has_their_mean_gradient(tog
     torch.testing.assert_close(torch.stack(gradients), torch.ones(2 * steps, len(gradients[0])))
 
 
+def test_ranks_wait_for_each_others_figures_once_a_step_of_several_batches(tmp_path, monkeypatch):
+    model, asked = build_part(configure(tmp_path, *MODELS["vae"]).model), []
+    note = model._note_terms
+    monkeypatch.setattr(model, "_note_terms", lambda: (asked.append(trainer.global_step), note()))
+    trainer = make_trainer(
+        accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path, accumulate_grad_batches=3, log_every_n_steps=2,
+    )  # fmt: skip
+    trainer.fit(model, batch(model, 20).unflatten(0, (5, 4)))
+    assert trainer.global_step == 4
+    assert asked == [1, 3]
+
+
 PACKAGES = [name for name, floor in FLOORS.items() if floor < 5]
 
 
