@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -280,6 +281,17 @@ def run_sweep(main: Callable[[], object]) -> int:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if not begun:
             return 1
+    except BrokenExecutor:  # joblib then ends the other workers, too
+        if SweepReport.latest is None:
+            raise
+        SweepReport.latest.summarise()
+        print(
+            "error: the system has ended a worker of this sweep, as where memory runs out, and with it the others: the same "
+            "command goes on, with a smaller hydra.launcher.n_jobs if that was it",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     return int(SweepReport.latest is not None and SweepReport.latest.failed)
 
 

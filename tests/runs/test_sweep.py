@@ -198,6 +198,19 @@ def test_two_ranks_in_a_sweep_are_one_job_each_under_every_launcher(launcher, al
         assert pair == pytest.approx(alone[seed], abs=1e-4)
 
 
+def test_a_worker_that_the_system_ends_is_told_in_a_sentence_after_the_summary(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    killed = ("+callbacks.killed._target_=tests.probes.Signals", "+callbacks.killed.number=9", "+callbacks.killed.step=5")
+    done = command(
+        "-m", "model=vae", *QUICK, *killed, "logger=csv", "seed=0,1,2", "hydra/launcher=cores", "hydra.launcher.n_jobs=2",
+        "trainer.max_epochs=1", "callbacks.pictures=null", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search(r"sweep: 0 of 3 jobs done, .*not started", done.stdout), done.stdout
+    assert "error: the system has ended a worker of this sweep" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_devices_may_vary_within_a_sweep(alone, tmp_path):
     done = command("-m", *RANKS, "logger=csv", "trainer.devices=2,1,2", "seed=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
