@@ -24,6 +24,14 @@ from runs.identity import INCIDENTAL
 
 # beside the weights, to go on, and of which kind
 NEEDED = {"loops": dict, "global_step": int, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict}
+HOLDS = {  # what is in a part, where there is one: not all of an earlier version's checkpoints have them
+    "images": set(),
+    "averaging_state": {"n_averaged"},
+    "totals": {"images_seen", "seconds"},
+    "training_terms": {"sums", "batches", "images"},
+    "begun_step": {"together", "gradients"},
+    "step_profile": {"sums", "fading"},
+}
 
 OF_THE_OBJECTIVE = ("beta", "weighting", "timestep_sampler")  # may change, but not where nothing is left to train
 
@@ -87,7 +95,9 @@ def complete(held: dict[str, Any], path: Path) -> None:
         raise SettingError(f"ckpt={path} has no {missing[0]}, so training cannot go on from it: give last.ckpt of a run")
     wrong = [name for name, kind in NEEDED.items() if not isinstance(held[name], kind)]
     wrong += [name for name in ("loops", "optimizer_states") if not held[name]]
-    wrong += [name for name in ("images", "averaging_state") if not isinstance(held.get(name, {}), dict)]
+    averaged = {"averaging_state"} if "current_model_state" in held else set()
+    parts = {name: held.get(name) for name in HOLDS if name in held.keys() | averaged}
+    wrong += [name for name, part in parts.items() if not (isinstance(part, dict) and HOLDS[name] <= part.keys())]
     if wrong:
         raise SettingError(f"ckpt={path} is damaged, as its {wrong[0]} shows: give another checkpoint")
 

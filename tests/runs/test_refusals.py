@@ -171,6 +171,7 @@ def test_checkpoints_of_other_models_broken_files_and_occupied_directories_are_r
         run_here(tmp_path / "c", "model=vae", "logger=csv", f"ckpt={broken}")
     for name, other in {
         "loops": {}, "optimizer_states": [], "lr_schedulers": 3, "global_step": "x", "callbacks": 5, "images": 5,
+        "averaging_state": {}, "totals": {}, "training_terms": {"sums": None},
     }.items():  # fmt: skip
         torch.save(held | {name: other}, broken)
         with pytest.raises(SettingError, match=f"is damaged, as its {name} shows"):
