@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from comparison.groups import LEVEL, Group, shown
 
+LEAST_WIDTH = 3  # of a setting's column
 TERMS = ("reconstruction", "prior", "matching")  # of losses.elbo.SIGNS, which needs torch: a comparison does not
 
 
@@ -72,27 +74,36 @@ def _difference(group: Group) -> str:
 def terminal(groups: Sequence[Group], metric: str, console: Console) -> Table:
     """Returns the table for a terminal, best first, with as many of the terms, sizes and times as it has room for.
 
-    The files have them all. Where there is no room for the rest either, settings are folded before numbers are.
+    The files have them all. Where there is no room for the rest either, settings are folded before numbers are, in one column
+    where each would be left with a letter or none.
     """
     settings = len(groups[0].values)
     least = settings + 4  # runs, metric, sd, difference
     for columns in range(len(header(groups, metric)), least - 1, -1):
         table = _table(groups, metric, settings, columns)
-        if Measurement.get(console, console.options.update(width=10**6), table).maximum <= console.width:
-            break
-    return table
+        room = console.width - Measurement.get(console, console.options.update(width=10**6), table).maximum
+        if room >= 0:
+            return table
+    columns = zip(*(group.values.values() for group in groups), strict=True)
+    widths = [max(map(cell_len, (name, *map(shown, column)))) for name, column in zip(groups[0].names, columns, strict=False)]
+    if not settings or room + sum(widths) >= sum(min(width, LEAST_WIDTH) for width in widths):
+        return table
+    return _table(groups, metric, settings, least, together=True)
 
 
-def _table(groups: Sequence[Group], metric: str, settings: int, columns: int) -> Table:
+def _table(groups: Sequence[Group], metric: str, settings: int, columns: int, together: bool = False) -> Table:
     names = [*groups[0].names, *(name.split(" (")[0] for name in header(groups, metric)[settings:])]
     title = f"{metric}, best first; costs in {_unit(groups).replace('_per_', '/')}"
     table = Table(title=escape(title), title_justify="left")
+    if together:
+        names, settings, columns = ["settings", *names[settings:]], 1, columns - settings + 1
     for index, name in enumerate(names[:columns]):
         left = index < settings
         table.add_column(escape(name), justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for group, row in zip(groups, rows(groups), strict=True):
         if group.is_best and table.rows:
             table.add_section()  # of other images
+        row = [group.label, *row[len(group.values) :]] if together else row
         table.add_row(*map(escape, row[:columns]), style="bold" if group.is_best else None)
     return table
 

@@ -164,6 +164,21 @@ def test_a_terminal_gets_the_columns_that_it_has_room_for_and_whole_numbers(widt
     assert [row[2:] for row in printed if row[2] == "3"] == numbers
 
 
+def test_many_settings_share_a_column_where_a_terminal_would_leave_none_of_their_letters(tmp_path):
+    for seed, value in enumerate(("one", "two")):
+        varied = {f"model.setting_{number}": value for number in range(11)}
+        write_run(tmp_path / str(seed), 2.0 + seed, 0, {}, varied)
+    groups = group(collect([str(tmp_path)])[0], None, "test/bpd")
+    assert groups[0].values.keys() == varied.keys()
+    console = Console(width=60, file=io.StringIO())
+    console.print(terminal(groups, "test/bpd", console))
+    printed = console.file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 60
+    for value, figure in (("one", "2.0000"), ("two", "3.0000")):
+        assert figure in printed
+        assert all(f"setting_{number}={value}" in re.sub(r"[^\w=]", "", printed) for number in range(11))
+
+
 def test_the_csv_holds_numbers_alone_and_all_their_digits(tmp_path):
     figures = write_sweep(tmp_path / "sweep")
     best, *others = table_of_csv(compare(tmp_path / "out", tmp_path / "sweep"))
