@@ -316,6 +316,21 @@ def test_another_batch_size_is_refused_after_the_first_batch_too(tmp_path, monke
         run_here(tmp_path, *COMMON, "data.batch_size=64", "ckpt=last")
 
 
+def raise_in_batch(number, monkeypatch, directory, *settings):
+    """Runs a job that an error ends in this batch, which is counted from 0."""
+    usual, count = VAELightningModule.training_step, itertools.count()
+
+    def stops(self, *args):
+        if next(count) == number:
+            raise RuntimeError
+        return usual(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VAELightningModule, "training_step", stops)
+        with pytest.raises(RuntimeError):
+            run_here(directory, *settings)
+
+
 def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_within_one_stay(tmp_path, monkeypatch):
     accumulate = (
         *COMMON[:-1],
@@ -326,17 +341,7 @@ def test_where_gradients_are_accumulated_each_step_has_one_row_and_validations_w
     run_here(tmp_path / "whole", *accumulate)
     steps = [(int(row["step"]), row["train/loss"] != "") for row in rows(tmp_path / "whole") if not row["test/elbo"]]
     assert steps[:6] == [(0, True), (1, False), (1, True), (2, True), (3, True), (4, False)]
-    usual, count = VAELightningModule.training_step, itertools.count()
-
-    def stops(self, *args):
-        if next(count) == 8:
-            raise RuntimeError
-        return usual(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(VAELightningModule, "training_step", stops)
-        with pytest.raises(RuntimeError):
-            run_here(tmp_path / "parts", *accumulate)
+    raise_in_batch(8, monkeypatch, tmp_path / "parts", *accumulate)
     run_here(tmp_path / "parts", *accumulate, "ckpt=last")
     assert [row["step"] for row in rows(tmp_path / "parts")] == [row["step"] for row in rows(tmp_path / "whole")]
 
@@ -345,17 +350,7 @@ def test_gradients_of_a_step_that_a_validation_came_within_are_kept(tmp_path, mo
     """Steps of three batches, a validation after each fourth: the second step has one batch behind it then."""
     accumulate = (*COMMON, "trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=1")
     run_here(tmp_path / "whole", *accumulate)
-    usual, count = VAELightningModule.training_step, itertools.count()
-
-    def stops(self, *args):
-        if next(count) == 5:
-            raise RuntimeError
-        return usual(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(VAELightningModule, "training_step", stops)
-        with pytest.raises(RuntimeError):
-            run_here(tmp_path / "parts", *accumulate)
+    raise_in_batch(5, monkeypatch, tmp_path / "parts", *accumulate)
     kept = last(tmp_path / "parts")
     assert (kept["global_step"], kept["begun_step"]["together"]) == (1, 3)
     run_here(tmp_path / "parts", *accumulate, "ckpt=last")
