@@ -1,12 +1,14 @@
 """A run's config.yaml on the command line: what makes another run of it, and what follows the settings that are given."""
 
 import json
+import re
 
 import pytest
 import yaml
 
-from runs.repeating import as_another_run
-from tests.jobs import QUICK, command, result
+from runs.build import flatten
+from runs.repeating import FOLLOWS, as_another_run
+from tests.jobs import QUICK, ROOT, command, result
 
 CONFIG = {
     "seed": 4,
@@ -37,6 +39,15 @@ def added(directory, *arguments, **changed):
 def test_what_conf_takes_from_another_setting_follows_it(given, follows, tmp_path):
     items = {item for item in added(tmp_path, given) if not item.startswith("hydra")} - {"ckpt=null"}
     assert items == follows
+
+
+def test_all_that_conf_takes_from_the_seed_and_the_paths_is_known():
+    found = set()
+    for group in ("data", "callbacks", "logger", "trainer", "model"):
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            for key, value in flatten(yaml.safe_load(path.read_text()), group):
+                found |= {(key, source) for source in re.findall(r"\$\{(seed|paths\.\w+)\}", str(value))}
+    assert found - {("logger.name", "seed")} == set(FOLLOWS.items())  # a name follows in words of its own
 
 
 def test_what_was_set_by_itself_stays(tmp_path):
