@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_modules import accumulation
 from lightning_modules.lr_schedules import Constant
 from lightning_modules.metric import TERMS, ElboMetric, TrainingTerms
 from lightning_modules.sharding import gather, release, shard, sharded_parts
@@ -255,11 +256,8 @@ class LikelihoodModule(LightningModule, ABC):
         self._noted, self.train_row = None, {}
         if not self.trainer.global_step:
             self._training_terms, self._begun_step = TrainingTerms(), {}
-        begun, self._begun_step = self._begun_step, {}
-        if begun.get("together") == self.trainer.accumulate_grad_batches:
-            for name, parameter in self.named_parameters():
-                if name in begun["gradients"]:
-                    parameter.grad = begun["gradients"][name].to(parameter.device)
+        accumulation.go_on(self, self._begun_step)
+        self._begun_step = {}
         scheduler = self.lr_schedulers()
         if not self._given or type(scheduler) is not LambdaLR:  # a subclass has an optimiser or a schedule of its own
             return
@@ -279,24 +277,14 @@ class LikelihoodModule(LightningModule, ABC):
         And all ranks the mean of their gradients, if it comes within an optimiser step: the step's mean stays what it is.
         """
         self._training_terms.share(self.trainer.strategy)
-        if self.trainer.world_size > 1 and self._is_within_step():
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.copy_(self.trainer.strategy.reduce(parameter.grad.clone(), reduce_op="mean"))
-
-    def _is_within_step(self) -> bool:
-        """Whether gradients are being accumulated, and lie whole on this rank."""
-        trainer = self.trainer
-        fitting = self.goes_on and trainer.accumulate_grad_batches > 1
-        return fitting and trainer.fit_loop.epoch_loop._should_accumulate() and not sharded_parts(self)
+        accumulation.share(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the terms since the last row of training; a due one is written first, or the next would hold them, too."""
         self._write_row()
         checkpoint["training_terms"] = self._training_terms.recorded(self.trainer.world_size)
-        if self._trainer is not None and self._is_within_step():  # else a run that goes on would take the step without them
-            of_batches = {name: parameter.grad for name, parameter in self.named_parameters() if parameter.grad is not None}
-            checkpoint["begun_step"] = {"together": self.trainer.accumulate_grad_batches, "gradients": of_batches}
+        if begun := accumulation.recorded(self):
+            checkpoint["begun_step"] = begun
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with them where training goes on."""
@@ -321,19 +309,8 @@ class LikelihoodModule(LightningModule, ABC):
             self._training_terms.add(loss, elbo)
         if is_logged(self.trainer, self.trainer.global_step + 1) and not self.trainer.fit_loop._should_accumulate():
             self._note_terms()  # ranks wait for each other: once a step, of however many batches
-        share = self._share_of_step(batch_idx)
+        share = accumulation.share_of_step(self.trainer, batch_idx)
         return loss if share == 1 else loss / share
-
-    def _share_of_step(self, batch_idx: int) -> float:
-        """Which part of ``accumulate_grad_batches`` the batches of this optimiser step are: below 1 at an epoch's end.
-
-        Lightning divides every loss by the whole number, so the gradient of a step of fewer batches would be too small, as if
-        the others had none.
-        """
-        together, num = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        if together == 1 or math.isinf(num):  # of batches that nobody has counted it is not known
-            return 1.0
-        return min(together, num - batch_idx // together * together) / together
 
     def _note_terms(self) -> None:
         """Keeps the means over all ranks, for callbacks and for the row that :meth:`on_train_batch_end` writes.
